@@ -1,0 +1,63 @@
+"""Frozen configuration dataclasses to JSON and back, exactly: what manifests, checkpoints and job results store."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON values for dataclasses, tuples, mappings, paths and scalars, nested as they come."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} has no JSON form; configurations hold numbers, strings, paths, tuples and dataclasses")
+
+
+def from_json(config_class: type[C], values: Any) -> C:
+    """The dataclass that `to_json` made `values` from.
+
+    Raises:
+        ValueError: if a field is missing from `values` or unknown to the class.
+    """
+    hints = typing.get_type_hints(config_class)
+    names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    for name in sorted(names ^ set(values)):
+        problem = "is missing" if name in names else "is unknown"
+        raise ValueError(f"{config_class.__name__}.{name} {problem}: this was written by another version of robopref")
+    return config_class(**{name: _convert(hints[name], value) for name, value in values.items()})
+
+
+def digest(value: Any) -> str:
+    """A short hash of a configuration's content, the same in every process."""
+    return hashlib.sha256(json.dumps(to_json(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return None
+    if origin in (typing.Union, types.UnionType):
+        return _convert(next(option for option in arguments if option is not type(None)), value)
+    if origin is tuple:
+        item = arguments[0] if arguments[-1] is Ellipsis else None
+        return tuple(_convert(item or arguments[i], element) for i, element in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type[Any], hint), value)
+    if hint is Path:
+        return Path(value)
+    return value
