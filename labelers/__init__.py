@@ -1,0 +1,1 @@
+"""Labelers: one file per source of preference labels, simulated or human."""
