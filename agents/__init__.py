@@ -1,0 +1,1 @@
+"""Agents: one algorithm, one file, read from top to bottom: config, losses, update, act."""

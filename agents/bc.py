@@ -1,0 +1,119 @@
+"""Behaviour cloning: on all data (BC), on the best episodes (%BC), and on preferred segments (SFT).
+
+The policy is a deterministic tanh MLP and the loss the squared error -log pi(a|s) = ||a - mu(s)||^2, summed over
+action dimensions: the same policy and likelihood as in CPL (Hejna et al. 2023, arXiv:2310.13639), whose baselines BC,
+%BC and SFT are. What is cloned is a matter of the data:
+
+* BC: `Transitions` of all episodes;
+* %BC: `Transitions` of the best episodes (`robopref.datasets.best_episodes`);
+* SFT: `Preferences`; all segments for `pretrain_updates`, then only those that were preferred (both, in a tie).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from robopref.losses import squared_error_log_probability
+from robopref.networks import DeterministicPolicy, Normalizer, apply, init
+from robopref.types import Key, Metrics, Preferences, PyTree, Segments, Transitions
+
+
+@dataclass(frozen=True)
+class BCConfig:
+    """Behaviour cloning's hyperparameters.
+
+    Attributes:
+        hidden_dims: widths of the policy's hidden layers.
+        dropout: in the policy, while training.
+        learning_rate: Adam's.
+        decay_updates: the update at which the learning rate, falling along a cosine, reaches 0, so that the last policy
+            is not a random one of those that the last updates jitter between; None keeps it constant.
+        pretrain_updates: with `Preferences`, for how many updates to clone both segments before only the preferred.
+        action_noise: standard deviation of the Gaussian noise of `sample_actions`.
+    """
+
+    hidden_dims: tuple[int, ...] = (256, 256)
+    dropout: float = 0.0
+    learning_rate: float = 3e-4
+    decay_updates: int | None = None
+    pretrain_updates: int = 0
+    action_noise: float = 0.1
+
+
+class BCAgent(struct.PyTreeNode):
+    """A behaviour-cloned policy."""
+
+    params: PyTree
+    opt_state: optax.OptState
+    normalizer: Normalizer
+    step: Int[Array, ""]
+    config: BCConfig = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(
+        cls, config: BCConfig, example: Transitions | Preferences, key: Key, *, normalizer: Normalizer | None = None
+    ) -> Self:
+        steps = _steps(example)
+        observation_dim, action_dim = steps.observations.shape[-1], steps.actions.shape[-1]
+        module = DeterministicPolicy(config.hidden_dims, action_dim, config.dropout)
+        params = init(module, key, jnp.zeros(observation_dim))
+        return cls(
+            params=params,
+            opt_state=_optimizer(config).init(params),
+            normalizer=normalizer or Normalizer.identity(observation_dim),
+            step=jnp.zeros((), jnp.int32),
+            config=config,
+            action_dim=action_dim,
+        )
+
+    @property
+    def policy(self) -> DeterministicPolicy:
+        return DeterministicPolicy(self.config.hidden_dims, self.action_dim, self.config.dropout)
+
+    def loss(self, params: PyTree, batch: Transitions | Preferences, key: Key) -> tuple[Array, Metrics]:
+        """Mean -log pi over the steps that count."""
+        steps = _steps(batch)
+        means = apply(self.policy, params, self.normalizer(steps.observations), dropout_key=key)
+        errors = -squared_error_log_probability(steps.actions, means)
+        weights = self._weights(batch, errors)
+        loss = jnp.sum(weights * errors) / jnp.maximum(jnp.sum(weights), 1.0)
+        return loss, {"policy/loss": loss, "policy/error": jnp.mean(errors)}
+
+    def update(self, batch: Transitions | Preferences, key: Key) -> tuple[Self, Metrics]:
+        gradients, metrics = jax.grad(self.loss, has_aux=True)(self.params, batch, key)
+        updates, opt_state = _optimizer(self.config).update(gradients, self.opt_state)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
+
+    def sample_actions(self, observations: Float[Array, "*B O"], key: Key) -> Float[Array, "*B A"]:
+        actions = self.act(observations)
+        return jnp.clip(actions + self.config.action_noise * jax.random.normal(key, actions.shape), -1, 1)
+
+    def act(self, observations: Float[Array, "*B O"]) -> Float[Array, "*B A"]:
+        return apply(self.policy, self.params, self.normalizer(observations))
+
+    def _weights(self, batch: Transitions | Preferences, errors: Float[Array, "*S"]) -> Float[Array, "*S"]:
+        """1 for every step that is cloned, 0 for the others."""
+        if isinstance(batch, Transitions):
+            return jnp.ones_like(errors)
+        preferred = jnp.stack([batch.labels <= 0.5, batch.labels >= 0.5], axis=-1)
+        chosen = preferred | (self.step < self.config.pretrain_updates)
+        return jnp.broadcast_to(chosen[..., None], errors.shape).astype(errors.dtype)
+
+
+def _optimizer(config: BCConfig) -> optax.GradientTransformation:
+    if config.decay_updates is None:
+        return optax.adam(config.learning_rate)
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.decay_updates))
+
+
+def _steps(batch: Transitions | Preferences) -> Transitions | Segments:
+    return batch.segments if isinstance(batch, Preferences) else batch

@@ -1,0 +1,136 @@
+"""What an agent is, and the one loop in which every agent trains.
+
+An agent is a frozen pytree: parameters, optimiser state and step are leaves; its configuration and shapes are the only
+static fields. Modules and optimisers are built from those in properties, so that agents which differ in their numbers
+alone share one compiled program.
+
+Agents see and choose actions in [-1, 1] along every axis; environments rescale to their own units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from robopref.types import Key, Metrics, PyTree
+
+
+class Agent(Protocol):
+    """The contract that every file in agents/ keeps; tests/test_contracts.py runs all of them through it."""
+
+    @property
+    def step(self) -> Int[Array, ""]:
+        """Updates made so far."""
+        ...
+
+    @classmethod
+    def create(cls, config: Any, example: Any, key: Key) -> Self:
+        """A fresh agent for data of the shapes in `example`, a batch such as `update` will get."""
+        ...
+
+    def update(self, batch: Any, key: Key) -> tuple[Self, Metrics]:
+        """One gradient step."""
+        ...
+
+    def sample_actions(self, observations: Float[Array, "*B O"], key: Key) -> Float[Array, "*B A"]:
+        """Actions with the policy's own randomness."""
+        ...
+
+    def act(self, observations: Float[Array, "*B O"]) -> Float[Array, "*B A"]:
+        """The policy's best actions, without randomness: evaluation and deployment."""
+        ...
+
+
+class Dataset(Protocol):
+    """Data on the device from which a jitted loop draws minibatches; see robopref/datasets.py."""
+
+    def sample(self, key: Key, batch_size: int) -> Any: ...
+
+
+A = TypeVar("A", bound=Agent)
+
+
+def _update_many(agent: A, dataset: Dataset, key: Key, num_updates: int, batch_size: int) -> tuple[A, Metrics]:
+    def one_update(agent: A, _: None) -> tuple[A, Metrics]:
+        # The randomness of an update depends on the run's key and the step alone, never on where a call or a crash
+        # happened to split the run: this is what makes resuming exact.
+        sample_key, update_key = jax.random.split(jax.random.fold_in(key, agent.step))
+        return agent.update(dataset.sample(sample_key, batch_size), update_key)
+
+    agent, metrics = jax.lax.scan(one_update, agent, length=num_updates)
+    return agent, jax.tree.map(partial(jnp.mean, axis=0), metrics)
+
+
+@partial(jax.jit, static_argnames=("num_updates", "batch_size"))
+def update_many(agent: A, dataset: Dataset, key: Key, *, num_updates: int, batch_size: int) -> tuple[A, Metrics]:
+    """Makes `num_updates` updates as one scan, drawing each minibatch on the device.
+
+    With an array of keys [seeds] the leaves of `agent` have a leading axis of seeds, and all seeds train at once as one
+    program (see `create_seeds`).
+
+    Returns:
+        The agent after the updates, and the mean of each metric over them (with a leading axis of seeds, if there is
+        one).
+    """
+    if key.ndim == 0:
+        return _update_many(agent, dataset, key, num_updates, batch_size)
+    train = partial(_update_many, num_updates=num_updates, batch_size=batch_size)
+    return jax.vmap(train, in_axes=(0, None, 0))(agent, dataset, key)
+
+
+def create_seeds(agent_class: type[A], config: Any, example: Any, keys: Key, **kwargs: Any) -> A:
+    """Agents of several seeds as one pytree with a leading axis of seeds on every leaf; `keys` is an array [seeds]."""
+    agents: A = jax.vmap(lambda key: agent_class.create(config, example, key, **kwargs))(keys)
+    return agents
+
+
+def select_seed(agents: A, index: int) -> A:
+    """The agent of one seed out of several trained together."""
+    agent: A = jax.tree.map(lambda leaf: leaf[index], agents)
+    return agent
+
+
+def num_parameters(params: PyTree) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@jax.jit
+def _act(agent: Agent, observations: Float[Array, "B O"]) -> Float[Array, "B A"]:
+    return agent.act(observations)
+
+
+@jax.jit
+def _sample_actions(agent: Agent, observations: Float[Array, "B O"], keys: Key) -> Float[Array, "B A"]:
+    return jax.vmap(agent.sample_actions)(observations, keys)
+
+
+class AgentPolicy(struct.PyTreeNode):
+    """An agent without memory as a `Policy`: what evaluation, collection and the server step."""
+
+    agent: Any
+    stochastic: bool = struct.field(pytree_node=False, default=False)
+
+    def start(self, seeds: Int[np.ndarray, " B"]) -> tuple[Key, int]:
+        return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32)), 0
+
+    def step(
+        self, carry: tuple[Key, int], observations: Float[np.ndarray, "B O"]
+    ) -> tuple[Float[np.ndarray, "B A"], tuple[Key, int]]:
+        keys, time = carry
+        observations = np.asarray(observations, np.float32)
+        if self.stochastic:
+            actions = _sample_actions(self.agent, observations, jax.vmap(jax.random.fold_in, (0, None))(keys, time))
+        else:
+            actions = _act(self.agent, observations)
+        return np.asarray(actions), (keys, time + 1)
+
+    def describe(self, seed: int) -> Mapping[str, str | float]:
+        return {"behaviour": type(self.agent).__name__, "updates": float(self.agent.step)}

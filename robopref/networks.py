@@ -1,0 +1,80 @@
+"""Network modules (Flax linen), observation normalisation, and the one typed way to apply a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from robopref.types import Key, PyTree
+
+
+class Normalizer(struct.PyTreeNode):
+    """Standardises observations: (x - mean) / std. It is part of the agent, so a checkpoint can never miss it."""
+
+    mean: Float[Array, " O"]
+    std: Float[Array, " O"]
+
+    @classmethod
+    def identity(cls, observation_dim: int) -> Normalizer:
+        return cls(mean=jnp.zeros(observation_dim), std=jnp.ones(observation_dim))
+
+    @classmethod
+    def fit(cls, observations: Float[np.ndarray, "N O"]) -> Normalizer:
+        """The mean and standard deviation of each dimension.
+
+        A dimension that hardly moves in the data (standard deviation below 1e-4) is centred but not scaled: dividing by
+        almost nothing would turn the smallest deviation on a robot into an enormous input.
+        """
+        mean = np.mean(observations, axis=0, dtype=np.float64)
+        std = np.std(observations, axis=0, dtype=np.float64)
+        std = np.where(std < 1e-4, 1.0, std)
+        return cls(mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32))
+
+    def __call__(self, observations: Float[Array, "*B O"]) -> Float[Array, "*B O"]:
+        return (observations - self.mean) / self.std
+
+
+class MLP(nn.Module):
+    """Fully connected ReLU network with orthogonal initialisation and dropout after each hidden layer."""
+
+    hidden_dims: Sequence[int]
+    output_dim: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*B I"], *, deterministic: bool = True) -> Float[Array, "*B out"]:
+        hidden = inputs
+        for width in self.hidden_dims:
+            hidden = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(jnp.sqrt(2.0)))(hidden))
+            if self.dropout > 0:
+                hidden = nn.Dropout(self.dropout, deterministic=deterministic)(hidden)
+        return nn.Dense(self.output_dim, kernel_init=nn.initializers.orthogonal(1.0))(hidden)
+
+
+class DeterministicPolicy(nn.Module):
+    """An MLP whose output passes through tanh, so that actions lie in [-1, 1]."""
+
+    hidden_dims: Sequence[int]
+    action_dim: int
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, observations: Float[Array, "*B O"], *, deterministic: bool = True) -> Float[Array, "*B A"]:
+        return jnp.tanh(MLP(self.hidden_dims, self.action_dim, self.dropout)(observations, deterministic=deterministic))
+
+
+def init(module: nn.Module, key: Key, *inputs: Array) -> PyTree:
+    """Fresh parameters of `module` for inputs of these shapes."""
+    return module.init(key, *inputs)["params"]
+
+
+def apply(module: nn.Module, params: PyTree, *inputs: Array, dropout_key: Key | None = None) -> Array:
+    """`module`'s output; dropout is active exactly if a key is given."""
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    output: Array = module.apply({"params": params}, *inputs, deterministic=dropout_key is None, rngs=rngs)  # type: ignore[assignment]
+    return output
