@@ -1,0 +1,703 @@
+"""What a run found, as one self-contained HTML page with the files behind it, and as a table for the terminal.
+
+The page needs no network and no scripts: pictures and the film are inside it. Beside it lie `table.csv`,
+`results.json`, `curves.png`, `labels.png` and `film.mp4`, as far as the report has them. Every method keeps its colour
+through all plots and tables, and no estimate appears without its interval, its episodes and its seeds.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import io
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias, TypeGuard
+
+import jinja2
+import numpy as np
+from jaxtyping import Float, Shaped
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from scipy import stats
+
+from robopref.evaluation import Comparison, Interval
+from robopref.files import atomic_write, write_json
+
+Curve: TypeAlias = tuple[Shaped[np.ndarray, " P"], Float[np.ndarray, "seeds P"] | Sequence[Interval]]
+"""Steps, and what was measured there: one row per training seed, or one interval per step."""
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+"""Okabe and Ito's colours, without the two that vanish on a white or on a dark page."""
+
+_GROUP_COLOURS = ("#3D4F66", "#C2A14D", "#8FA3B8", "#7A5C61")
+_ROW_KEYS = ("method", "task", "metric", "n", "seeds", "mean", "low", "high")
+_CLAIM_KEYS = ("id", "claim", "paper", "ours", "low", "high", "verdict")
+_SHARE_WORDS = frozenset({"success", "successes", "accuracy", "agreement", "share", "fraction", "probability"})
+_VERDICT_STYLES = {"holds": "good", "better": "good", "fails": "bad", "worse": "bad", "undecided": "open"}
+_VERDICT_MARKS = {"good": "✓", "bad": "✗", "open": "?"}
+_TERMINAL_STYLES = {"good": "green", "bad": "red", "open": "yellow"}
+_UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """Who was compared with whom, on what, and how it came out."""
+
+    ours: str
+    theirs: str
+    metric: str
+    result: Comparison
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values of several groups of labels, such as the difference in partial return by which segment was preferred."""
+
+    title: str
+    x_label: str
+    groups: Mapping[str, Shaped[np.ndarray, " N"]]
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """What is known about the labels: facts by name, and histograms."""
+
+    facts: Mapping[str, str | float | Interval]
+    histograms: Sequence[Histogram] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report shows. What is empty is left out of the page, but a missing film is explained.
+
+    Attributes:
+        title: heading of the page.
+        summary: what was found, in a few sentences; a blank line begins a new paragraph.
+        results: `{"manifest": {...}, "rows": [...], "claims": [...]}` as under `experiments/results/`.
+        comparisons: between methods, in the order to show them.
+        curves: `(method, metric)` to a learning curve; one plot per metric.
+        labels: statistics of the labels, if any were given.
+        behaviours: name of a behaviour in the data to the success rate of its episodes.
+        film: an MP4 file, or None.
+        film_note: what the film shows, or why there is none.
+    """
+
+    title: str
+    summary: str
+    results: Mapping[str, Any]
+    comparisons: Sequence[MethodComparison] = ()
+    curves: Mapping[tuple[str, str], Curve] = field(default_factory=dict)
+    labels: LabelStatistics | None = None
+    behaviours: Mapping[str, Interval] = field(default_factory=dict)
+    film: Path | None = None
+    film_note: str = "No film was made."
+
+
+def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
+    """Writes the page and the files behind it into `folder`, and returns the path of the page, `report.html`.
+
+    Raises:
+        ValueError: the results lack a part, or an unknown verdict is among them.
+        FileNotFoundError: the film is not there.
+    """
+    check_results(report.results)
+    report = replace(report, results=_plain_json(report.results))
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    curves, labels = _curve_panels(report), _label_panels(report)
+    film = None
+    if report.film is not None:
+        film = place / "film.mp4"
+        _copy(report.film, film)
+    write_json(place / "results.json", report.results)
+    with atomic_write(place / "table.csv") as temporary:
+        temporary.write_text(_table_csv(report.results["rows"]), encoding="utf-8")
+    for name, panels in (("curves.png", curves), ("labels.png", labels)):
+        if panels:
+            with atomic_write(place / name) as temporary:
+                temporary.write_bytes(_sheet(panels))
+    page = _template().render(
+        report=report,
+        paragraphs=[part for part in report.summary.split("\n\n") if part.strip()],
+        tallies=_tallies(report),
+        claims=[_claim(claim) for claim in report.results["claims"]],
+        results=_result_blocks(report),
+        comparisons=_comparison_blocks(report),
+        single_seed=any(row["seeds"] == 1 for row in report.results["rows"]),
+        film=None if film is None else _data_uri("video/mp4", film.read_bytes()),
+        curves=[(_data_uri("image/png", _sheet([panel])), panel.description) for panel in curves],
+        labels=[(_data_uri("image/png", _sheet([panel])), panel.description) for panel in labels],
+        facts=_facts(report.labels),
+        behaviours=_behaviour_block(report),
+        manifest=_manifest(report.results["manifest"]),
+    )
+    target = place / "report.html"
+    with atomic_write(target) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return target
+
+
+def print_table(results: Mapping[str, Any], console: Console, comparisons: Sequence[MethodComparison] = ()) -> None:
+    """Prints the results, the comparisons and the claims, each with its interval and what follows from it."""
+    check_results(results)
+    results = _plain_json(results)
+    table = Table(title="Results (95% intervals)", title_justify="left")
+    for heading in ("task", "method", "metric"):
+        table.add_column(heading)
+    for heading in ("mean", "interval", "episodes", "seeds"):
+        table.add_column(heading, justify="right")
+    for row in results["rows"]:
+        share = _is_share(row["metric"], (row["mean"], row["low"], row["high"]))
+        numbers = (_number(row["mean"], share), _range(row["low"], row["high"], share), row["n"], row["seeds"])
+        table.add_row(*(Text(str(cell)) for cell in (row["task"], row["method"], row["metric"], *numbers)))
+    console.print(table)
+    for comparison in comparisons:
+        line = Text("  ").append_text(_terminal_badge(comparison.result.verdict))
+        view = _comparison_line(comparison, _Axis(0, 1, ()), PALETTE[0])
+        line.append(f"  {comparison.ours} against {comparison.theirs}, {comparison.metric}")
+        line.append(f" on {comparison.task}" if comparison.task else "")
+        line.append(
+            f": {view.value} ({view.interval}; {', '.join(view.count)})" + (f"; {view.note}" if view.note else "")
+        )
+        console.print(line)
+    for claim in results["claims"]:
+        view_of_claim = _claim(claim)
+        line = Text("  ").append_text(_terminal_badge(claim["verdict"]))
+        line.append(f"  {view_of_claim.text} Paper: {view_of_claim.paper}. Ours: {view_of_claim.ours}")
+        line.append(f" ({view_of_claim.interval}).")
+        console.print(line)
+
+
+def check_results(results: Mapping[str, Any]) -> None:
+    """Refuses results that lack a part.
+
+    Raises:
+        ValueError: says which part is missing, and where.
+    """
+    for part in ("manifest", "rows", "claims"):
+        if part not in results:
+            raise ValueError(f"the results have no {part!r}")
+    for part, keys in (("rows", _ROW_KEYS), ("claims", _CLAIM_KEYS)):
+        for index, entry in enumerate(results[part]):
+            if missing := [key for key in keys if key not in entry]:
+                raise ValueError(f"entry {index} of the results' {part} has no {missing[0]!r}")
+    for index, claim in enumerate(results["claims"]):
+        if claim["verdict"] not in ("holds", "fails", "undecided"):
+            raise ValueError(f"claim {index} has the verdict {claim['verdict']!r}, not holds, fails or undecided")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The common axis of the bars of a table; positions on it are percent of its width."""
+
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+
+    def position(self, value: float) -> float:
+        return 4 + 92 * (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a table of estimates, as the page shows it. Positions are None where there is nothing to draw."""
+
+    name: str
+    colour: str
+    value: str
+    interval: str
+    count: tuple[str, ...]
+    dot: float | None
+    whisker: tuple[float, float] | None
+    verdict: str = ""
+    style: str = ""
+    mark: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Lines on one axis under one heading."""
+
+    heading: str
+    ticks: tuple[tuple[float, str], ...]
+    zero: float | None
+    lines: tuple[_Line, ...]
+
+
+@dataclass(frozen=True)
+class _Claim:
+    text: str
+    paper: str
+    ours: str
+    interval: str
+    verdict: str
+    style: str
+    mark: str
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One plot, and what it shows in words."""
+
+    draw: Callable[[Axes], None]
+    description: str
+
+
+def _methods(report: Report) -> list[str]:
+    """All methods, in the order in which they first appear."""
+    names = [row["method"] for row in report.results["rows"]]
+    names += [name for comparison in report.comparisons for name in (comparison.ours, comparison.theirs)]
+    names += [method for method, _ in report.curves]
+    return list(dict.fromkeys(map(str, names)))
+
+
+def _colours(report: Report) -> dict[str, str]:
+    return {method: PALETTE[index % len(PALETTE)] for index, method in enumerate(_methods(report))}
+
+
+def _is_share(metric: str, values: Iterable[float | None]) -> bool:
+    """Whether the metric is a share of a whole, to be shown in percent."""
+    named = not _SHARE_WORDS.isdisjoint(re.findall("[a-z]+", metric.lower()))
+    return named and all(-1 <= value <= 1 for value in values if _known(value))
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _number(value: float | None, share: bool, signed: bool = False) -> str:
+    if not _known(value):
+        return _UNKNOWN
+    plus = "+" if signed else ""
+    if share:
+        text = format(100 * value, f"{plus}.1f") + ("" if signed else "%")
+    elif abs(value) >= 1000:
+        text = format(value, f"{plus},.0f")
+    else:
+        text = format(value, f"{plus}.3g")
+    return text.replace("-", "−")
+
+
+def _range(low: float | None, high: float | None, share: bool, signed: bool = False) -> str:
+    if not _known(low) and not _known(high):
+        return "spread not known"
+    return f"{_number(low, share, signed)} to {_number(high, share, signed)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _axis(values: Iterable[float | None], share: bool) -> _Axis:
+    """An axis for estimates: 0 to 100% for shares, otherwise as wide as the values and a little more."""
+    if share:
+        return _ticked(0.0, 1.0, lambda tick: f"{100 * tick:.4g}%")
+    return _fitted(values, lambda tick: f"{tick:,.6g}")
+
+
+def _difference_axis(values: Iterable[float | None], share: bool) -> _Axis:
+    """An axis for differences, with zero on it."""
+    return _fitted((*values, 0.0), lambda tick: f"{100 * tick if share else tick:+,.6g}" if tick else "0")
+
+
+def _fitted(values: Iterable[float | None], label: Callable[[float], str]) -> _Axis:
+    known = [float(value) for value in values if _known(value)] or [0.0]
+    low, high = min(known), max(known)
+    margin = 0.06 * (high - low) or 0.5
+    return _ticked(low - margin, high + margin, label)
+
+
+def _ticked(low: float, high: float, label: Callable[[float], str]) -> _Axis:
+    ticks = [float(tick) for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    bare = _Axis(low, high, ())
+    return _Axis(low, high, tuple((bare.position(tick), label(tick).replace("-", "−")) for tick in ticks))
+
+
+def _line(name: str, colour: str, estimate: Interval, axis: _Axis, share: bool, count: tuple[str, ...]) -> _Line:
+    ends = (estimate.low, estimate.high)
+    return _Line(
+        name=name,
+        colour=colour,
+        value=_number(estimate.mean, share),
+        interval=_range(*ends, share),
+        count=count,
+        dot=axis.position(estimate.mean) if _known(estimate.mean) else None,
+        whisker=(axis.position(ends[0]), axis.position(ends[1])) if all(map(_known, ends)) else None,
+    )
+
+
+def _interval(row: Mapping[str, Any]) -> Interval:
+    mean, low, high = (math.nan if row[key] is None else float(row[key]) for key in ("mean", "low", "high"))
+    return Interval(mean, low, high, row["n"], row["seeds"])
+
+
+def _result_blocks(report: Report) -> list[_Block]:
+    """One block per metric and task, in the order of the rows."""
+    colours = _colours(report)
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in report.results["rows"]:
+        groups.setdefault((str(row["metric"]), str(row["task"])), []).append(row)
+    blocks = []
+    for (metric, task), rows in groups.items():
+        values = [row[key] for row in rows for key in ("mean", "low", "high")]
+        share = _is_share(metric, values)
+        axis = _axis(values, share)
+        lines = tuple(
+            _line(
+                str(row["method"]),
+                colours[str(row["method"])],
+                _interval(row),
+                axis,
+                share,
+                (_count(row["n"], "episode"), _count(row["seeds"], "seed")),
+            )
+            for row in rows
+        )
+        blocks.append(_Block(f"{metric} · {task}" if task else metric, axis.ticks, None, lines))
+    return blocks
+
+
+def _comparison_blocks(report: Report) -> list[_Block]:
+    """One block per metric and task; differences of shares have the same axis for all tasks."""
+    colours = _colours(report)
+    groups: dict[tuple[str, str], list[MethodComparison]] = {}
+    for comparison in report.comparisons:
+        groups.setdefault((comparison.metric, comparison.task), []).append(comparison)
+    blocks = []
+    for (metric, task), members in groups.items():
+        alike = [each.result for each in report.comparisons if each.metric == metric]
+        share = _is_share(metric, [value for result in alike for value in _numbers(result)])
+        shown = alike if share else [member.result for member in members]
+        axis = _difference_axis([value for result in shown for value in _numbers(result)], share)
+        lines = tuple(_comparison_line(member, axis, colours[member.ours]) for member in members)
+        heading = f"{metric} · {task}" if task else metric
+        blocks.append(_Block(f"difference in {heading}", axis.ticks, axis.position(0.0), lines))
+    return blocks
+
+
+def _numbers(result: Comparison) -> tuple[float, float, float]:
+    return result.difference, result.low, result.high
+
+
+def _comparison_line(comparison: MethodComparison, axis: _Axis, colour: str) -> _Line:
+    result = comparison.result
+    share = _is_share(comparison.metric, _numbers(result))
+    known = _known(result.low) and _known(result.high)
+    style = _VERDICT_STYLES[result.verdict]
+    return _Line(
+        name=f"{comparison.ours} − {comparison.theirs}",
+        colour=colour,
+        value=_number(result.difference, share, signed=True) + (" points" if share else ""),
+        interval=_range(result.low, result.high, share, signed=True),
+        count=(_count(result.n, "pair"), _count(result.seeds, "seed")),
+        dot=axis.position(result.difference),
+        whisker=(axis.position(result.low), axis.position(result.high)) if known else None,
+        verdict=result.verdict,
+        style=style,
+        mark=_VERDICT_MARKS[style],
+        note=_what_would_decide(result),
+    )
+
+
+def _what_would_decide(result: Comparison) -> str:
+    if result.verdict != "undecided":
+        return ""
+    if result.episodes_needed:
+        return f"about {result.episodes_needed:,} more episodes would decide, if this difference is real"
+    if result.difference == 0:
+        return "no difference was seen"
+    return "more episodes would not decide, only more seeds" if result.seeds > 1 else ""
+
+
+def _claim(claim: Mapping[str, Any]) -> _Claim:
+    numbers = [claim[key] for key in ("ours", "low", "high")]
+    numeric = [value for value in numbers if isinstance(value, int | float)]
+    share = _is_share(claim["claim"], numeric)
+    ours = claim["ours"]
+    style = _VERDICT_STYLES[claim["verdict"]]
+    return _Claim(
+        text=str(claim["claim"]),
+        paper=_UNKNOWN if claim["paper"] is None else _fact(claim["paper"], share),
+        ours=_number(ours, share) if ours is None or isinstance(ours, int | float) else str(ours),
+        interval=_range(claim["low"], claim["high"], share),
+        verdict=str(claim["verdict"]),
+        style=style,
+        mark=_VERDICT_MARKS[style],
+    )
+
+
+def _tallies(report: Report) -> list[tuple[str, str, str]]:
+    """How many claims came out how: style, mark and text."""
+    verdicts = [claim["verdict"] for claim in report.results["claims"]]
+    words = {"holds": "holds|hold", "fails": "fails|fail", "undecided": "undecided|undecided"}
+    tallies = []
+    for verdict, forms in words.items():
+        if number := verdicts.count(verdict):
+            style = _VERDICT_STYLES[verdict]
+            tallies.append((style, _VERDICT_MARKS[style], f"{number} {forms.split('|')[number > 1]}"))
+    return tallies
+
+
+def _behaviour_block(report: Report) -> _Block | None:
+    if not report.behaviours:
+        return None
+    axis = _axis((), share=True)
+    lines = tuple(
+        _line(name, "", rate, axis, True, (_count(rate.n, "episode"),)) for name, rate in report.behaviours.items()
+    )
+    return _Block("success rate", axis.ticks, None, lines)
+
+
+def _facts(labels: LabelStatistics | None) -> list[tuple[str, str, str]]:
+    """Name, value and interval (or nothing) of each fact about the labels."""
+    facts = []
+    for name, value in ({} if labels is None else labels.facts).items():
+        if isinstance(value, Interval):
+            share = _is_share(name, (value.mean, value.low, value.high))
+            facts.append((name, _number(value.mean, share), f"{_range(value.low, value.high, share)}, n = {value.n:,}"))
+        else:
+            facts.append((name, _fact(value, isinstance(value, float) and _is_share(name, (value,))), ""))
+    return facts
+
+
+def _fact(value: object, share: bool = False) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) and not share else _number(value, share)
+
+
+def _manifest(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, text and kind (`code`, `details` or `text`) of every entry, the command first."""
+    names = {"wall_seconds": "wall time"}
+    entries = []
+    for key in sorted(manifest, key=lambda key: key != "command"):
+        value = manifest[key]
+        if key == "wall_seconds" and isinstance(value, int | float):
+            text, kind = _duration(value), "text"
+        elif isinstance(value, Mapping):
+            text, kind = json.dumps(value, indent=2, ensure_ascii=False), "details"
+        elif isinstance(value, list | tuple):
+            text, kind = (" " if key == "command" else ", ").join(map(str, value)), "text"
+        else:
+            text, kind = str(value), "text"
+        entries.append((names.get(key, key), text, "code" if key in ("command", "commit") else kind))
+    return entries
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.3g} s"
+
+
+def _terminal_badge(verdict: str) -> Text:
+    style = _VERDICT_STYLES[verdict]
+    return Text(f"{_VERDICT_MARKS[style]} {verdict:<9}", style=_TERMINAL_STYLES[style])
+
+
+def _curve_panels(report: Report) -> list[_Panel]:
+    colours = _colours(report)
+    metrics: dict[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for (method, metric), (steps, values) in report.curves.items():
+        metrics.setdefault(metric, {})[method] = (np.asarray(steps), *_band(values, f"{method}, {metric}", len(steps)))
+    panels = []
+    for metric, lines in metrics.items():
+        share = _is_share(metric, (float(mean) for _, means, _, _ in lines.values() for mean in means))
+        ends = "; ".join(
+            f"{method} ends at {_number(mean[-1], share)} ({_range(low[-1], high[-1], share)})"
+            for method, (_, mean, low, high) in lines.items()
+        )
+        draw = functools.partial(_draw_curves, metric=metric, lines=lines, colours=colours, share=share)
+        panels.append(_Panel(draw, f"Learning curves of {metric} with 95% bands over seeds: {ends}."))
+    return panels
+
+
+def _band(
+    values: Float[np.ndarray, "seeds P"] | Sequence[Interval], name: str, points: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and both ends of Student's 95% interval over seeds at each step; one seed has no band."""
+    if len(values) and isinstance(values[0], Interval):
+        mean, low, high = np.array([(point.mean, point.low, point.high) for point in values], dtype=float).T
+    else:
+        table = np.atleast_2d(np.asarray(values, dtype=float))
+        mean, seeds = table.mean(axis=0), len(table)
+        half = np.full_like(mean, np.nan)
+        if seeds > 1:
+            half = stats.t.ppf(0.975, seeds - 1) * table.std(axis=0, ddof=1) / math.sqrt(seeds)
+        low, high = mean - half, mean + half
+    if len(mean) != points or points == 0:
+        raise ValueError(f"the curve of {name} has {points} steps but {len(mean)} values")
+    return mean, low, high
+
+
+def _draw_curves(
+    axes: Axes,
+    *,
+    metric: str,
+    lines: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
+    colours: Mapping[str, str],
+    share: bool,
+) -> None:
+    for method, (steps, mean, low, high) in lines.items():
+        if share:
+            low, high = np.clip(low, 0.0, 1.0), np.clip(high, 0.0, 1.0)
+        axes.fill_between(steps, low, high, color=colours[method], alpha=0.16, linewidth=0)
+        axes.plot(steps, mean, color=colours[method], linewidth=2, solid_capstyle="round")
+        if len(steps) == 1:
+            axes.plot(steps, mean, "o", color=colours[method])
+    if share:
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("steps")
+    axes.grid(axis="y", color="#E3E6EA", linewidth=0.8)
+    axes.set_title(_plain(metric), loc="left")
+    bottom, top = axes.get_ylim()
+    finals = {method: (line[1][-1] - bottom) / (top - bottom) for method, line in lines.items()}
+    for method, height in _spread_apart({m: h for m, h in finals.items() if math.isfinite(h)}, 0.085).items():
+        axes.text(
+            1.02,
+            height,
+            _plain(method, 24),
+            color=colours[method],
+            transform=axes.transAxes,
+            va="center",
+            fontweight="bold",
+        )
+
+
+def _spread_apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """The heights, moved up as little as needed to lie `gap` apart, then down again if that leaves the axes."""
+    placed: dict[str, float] = {}
+    lowest = -math.inf
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        lowest = placed[name] = max(height, lowest + gap)
+    ceiling = max(1.0, gap * (len(placed) - 1))
+    for name in reversed(list(placed)):
+        placed[name] = min(placed[name], ceiling)
+        ceiling = placed[name] - gap
+    return placed
+
+
+def _label_panels(report: Report) -> list[_Panel]:
+    panels = []
+    for histogram in () if report.labels is None else report.labels.histograms:
+        medians = "; ".join(
+            f"{name}: n = {len(values):,}, median {_number(float(np.median(values)) if len(values) else None, False)}"
+            for name, values in histogram.groups.items()
+        )
+        description = f"Histogram of {histogram.x_label}, {histogram.title}. {medians}."
+        panels.append(_Panel(functools.partial(_draw_histogram, histogram=histogram), description))
+    return panels
+
+
+def _draw_histogram(axes: Axes, *, histogram: Histogram) -> None:
+    everything = np.concatenate([np.asarray(values, dtype=float) for values in histogram.groups.values()])
+    edges = np.histogram_bin_edges(everything, bins=min(40, max(10, round(math.sqrt(len(everything))))))
+    for index, (name, values) in enumerate(histogram.groups.items()):
+        colour = _GROUP_COLOURS[index % len(_GROUP_COLOURS)]
+        axes.hist(values, bins=list(edges), color=colour, alpha=0.55, label=_plain(name, 32))
+        axes.hist(values, bins=list(edges), color=colour, histtype="step", linewidth=1.4)
+    axes.legend(frameon=False, loc="upper left", borderaxespad=0.2, handlelength=1.0)
+    axes.margins(y=0.25)
+    axes.set_xlabel(_plain(histogram.x_label))
+    axes.set_ylabel("labels")
+    axes.set_title(_plain(histogram.title), loc="left")
+
+
+def _plain(text: str, limit: int = 70) -> str:
+    """The text on one line, without what cannot be drawn, and not longer than fits."""
+    kept = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return kept if len(kept) <= limit else kept[: limit - 1] + "…"
+
+
+def _sheet(panels: Sequence[_Panel]) -> bytes:
+    """The panels as one PNG, at most two in a row."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    style: dict[Any, Any] = {
+        "text.parse_math": False,
+        "font.size": 9.5,
+        "axes.titleweight": "bold",
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#8A929C",
+        "axes.labelcolor": "#4A525C",
+        "xtick.color": "#4A525C",
+        "ytick.color": "#4A525C",
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(5.2 * columns, 3.3 * rows), dpi=200, facecolor="white")
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, panel in zip(grid, panels, strict=False):
+            panel.draw(axes)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_ROW_KEYS)
+    writer.writerows([row[key] for key in _ROW_KEYS] for row in rows)
+    return text.getvalue()
+
+
+def _plain_json(value: Any) -> Any:
+    """The value with plain containers and numbers; what is not finite becomes None, as JSON has no word for it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise FileNotFoundError(f"the film {source} of the report is not there")
+    if target.exists() and source.samefile(target):
+        return
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("robopref", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
