@@ -1,0 +1,404 @@
+"""The command `robopref`: what one does at a terminal with an installation, a dataset, labels and finished runs.
+
+Only the standard library is imported with this module, so that `robopref --help` answers at once. A user's mistake ends
+in one sentence on stderr and exit status 2; `--traceback` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from robopref.episodes import EpisodeDataset
+    from robopref.evaluation import Interval
+
+STATUS_BAD = 1
+"""Something that was looked at is not as it should be."""
+STATUS_ERROR = 2
+"""The command could not be carried out."""
+STATUS_INTERRUPTED = 130
+
+BEHAVIOURS = {
+    "expert": "Expert",
+    "offset": "Offset",
+    "wronggoal": "WrongGoal",
+    "stalling": "Stalling",
+    "overshooting": "Overshooting",
+    "heldbias": "HeldBias",
+}
+"""From a name on the command line, which is also what episodes record, to the class in envs/behaviours.py."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status.
+
+    Args:
+        arguments: as typed after `robopref`; those of this process if None.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("robopref: interrupted", file=sys.stderr)
+        return STATUS_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output, such as `head`, has had enough; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STATUS_BAD
+    except Exception as error:
+        if options.traceback or not _is_for_people(error):
+            raise
+        print(f"robopref: {_sentence(error)}", file=sys.stderr)
+        return STATUS_ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints fit on one line and name what was probably meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(STATUS_ERROR, f"robopref: {message} (`{self.prog} --help` explains)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(None, f"there is no {action.dest} {value!r}{_nearest(str(value), known)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="after an error, show where in the code it arose")
+    parser = _Parser(prog="robopref", description="Teach robots by preference.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    doctor = commands.add_parser("doctor", parents=[common], help="say what works on this machine, and what to do")
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    data = commands.add_parser("data", help="look at, check and collect episodes")
+    data_commands = data.add_subparsers(dest="data command", metavar="COMMAND", required=True)
+
+    info = data_commands.add_parser("info", parents=[common], help="summarise a dataset of episodes")
+    info.add_argument("path", type=Path, metavar="PATH", help="the dataset's folder")
+    info.set_defaults(run=_data_info)
+
+    check = data_commands.add_parser("check", parents=[common], help="find what would spoil training on a dataset")
+    check.add_argument("path", type=Path, metavar="PATH", help="the dataset's folder")
+    check.add_argument("--length", type=_positive, default=64, help="steps of a segment (default: %(default)s)")
+    check.add_argument("--json", action="store_true", help="print the same as JSON")
+    check.set_defaults(run=_data_check)
+
+    collect = data_commands.add_parser("collect", parents=[common], help="roll out a scripted behaviour")
+    collect.add_argument("env", metavar="ENV", help="such as metaworld/door-open-v3")
+    collect.add_argument("out", type=Path, metavar="OUT", help="the folder to write, which must not exist yet")
+    collect.add_argument(
+        "--behaviour",
+        type=_behaviour_names,
+        default=["expert"],
+        metavar="NAME[,NAME...]",
+        help=f"who acts, one of them drawn per episode: {', '.join(BEHAVIOURS)} (default: expert)",
+    )
+    collect.add_argument("--noise", type=float, default=0.0, help="deviation added to actions (default: %(default)s)")
+    collect.add_argument("--episodes", type=_positive, default=20, help="how many (default: %(default)s)")
+    collect.add_argument("--horizon", type=_positive, help="steps after which an episode is cut off")
+    collect.add_argument("--seed", type=_natural, default=0, help="of the first episode (default: %(default)s)")
+    collect.add_argument("--processes", type=_natural, default=2, help="0 uses none but this (default: %(default)s)")
+    collect.add_argument("--keep-states", action="store_true", help="keep simulator states, which exact regret needs")
+    collect.set_defaults(run=_data_collect)
+
+    label = commands.add_parser("label", parents=[common], help="draw queries and have a simulated teacher answer them")
+    label.add_argument("dataset", type=Path, metavar="DATASET", help="the folder of a dataset of episodes")
+    label.add_argument("out", type=Path, metavar="OUT", help="the preference record to write, such as labels.parquet")
+    label.add_argument("--teacher", default="oracle", help="oracle, mistake, noisy, skip, equal or myopic")
+    label.add_argument("--threshold", type=float, help="of skip and equal; by default a tenth of an average segment")
+    label.add_argument("--queries", type=_positive, default=500, help="how many (default: %(default)s)")
+    label.add_argument("--length", type=_positive, default=64, help="steps of a segment (default: %(default)s)")
+    label.add_argument("--seed", type=_natural, default=0, help="of queries and answers (default: %(default)s)")
+    label.set_defaults(run=_label)
+
+    report = commands.add_parser("report", parents=[common], help="write the HTML report of a finished run anew")
+    report.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of an experiment's run")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from robopref import doctor
+
+    checks = doctor.run_checks(doctor.installation_checks())
+    return _show(checks, as_json=options.json)
+
+
+def _data_info(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    dataset = _load(options.path)
+    console = Console(highlight=False)
+    console.print(_facts(dataset))
+    console.print(_behaviours(dataset))
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from robopref import doctor
+
+    return _show(doctor.dataset_checks(_load(options.path), options.length), as_json=options.json)
+
+
+def _data_collect(options: argparse.Namespace) -> int:
+    _check_output(options.out)
+    envs = _checkout_module("envs")
+    behaviours = _checkout_module("envs.behaviours")
+
+    from robopref.episodes import write_episodes
+    from robopref.progress import progress_bar
+    from robopref.rollouts import RolloutWorkers
+
+    config: dict[str, Any] = {"name": options.env}
+    if options.horizon is not None:
+        config["horizon"] = options.horizon
+    env = envs.make(config)
+    try:
+        family, _, task = options.env.partition("/")
+        if family != "metaworld":
+            raise ValueError(
+                f"scripted behaviours exist for Meta-World only, and {options.env!r} is another environment"
+            )
+        parts = [getattr(behaviours, BEHAVIOURS[name])(task=task, noise=options.noise) for name in options.behaviour]
+        policy = parts[0] if len(parts) == 1 else behaviours.Mixture(tuple((1.0, part) for part in parts))
+        make_env = functools.partial(envs.make, config)
+        # One lane: scripts gain nothing from acting in several environments at once, and each takes time to make.
+        with (
+            RolloutWorkers(make_env, processes=options.processes, lanes=1) as workers,
+            progress_bar(options.env) as progress,
+        ):
+            episodes = workers.run(
+                policy,
+                range(options.seed, options.seed + options.episodes),
+                keep_states=options.keep_states,
+                progress=progress,
+            )
+        write_episodes(
+            options.out,
+            episodes,
+            observation_space=env.observation_space,
+            action_space=env.action_space,
+            env=env.config,
+            description=f"{', '.join(options.behaviour)} in {options.env}",
+        )
+    finally:
+        env.close()
+    succeeded = sum(episode.succeeded for episode in episodes)
+    print(f"{options.out}: {len(episodes)} episodes, {sum(map(len, episodes))} steps, {succeeded} successes")
+    return 0
+
+
+def _label(options: argparse.Namespace) -> int:
+    _check_output(options.out)
+    teachers = _checkout_module("labelers.teachers")
+    if options.teacher not in teachers.PRESETS:
+        raise ValueError(f"there is no teacher {options.teacher!r}{_nearest(options.teacher, teachers.PRESETS)}")
+
+    import jax
+    import numpy as np
+
+    from robopref.queries import draw_queries, label_statistics
+    from robopref.records import write_records
+
+    dataset = _load(options.dataset)
+    with _waiting(f"{options.teacher} answers {options.queries} queries"):
+        rng = np.random.default_rng(options.seed)
+        queries = draw_queries(dataset, rng, count=options.queries, length=options.length)
+        threshold = options.threshold
+        if threshold is None and options.teacher in ("skip", "equal"):
+            mean_return, horizon = float(dataset.returns.mean()), float(dataset.lengths.mean())
+            threshold = teachers.relative_threshold(0.1, mean_return, options.length, horizon)
+        labels = teachers.preset(options.teacher, threshold=threshold).label(queries, jax.random.key(options.seed))
+        write_records(options.out, queries, labels)
+    found = label_statistics(queries, labels)
+    print(
+        f"{options.out}: {len(queries)} queries, {found['answered']:.0%} answered, {found['ties']:.0%} of these ties;"
+        f" the better partial return preferred in {found['partial_return_agreement']:.0%} of the decided pairs"
+    )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    if not options.run_folder.is_dir():
+        raise FileNotFoundError(f"there is no run at {options.run_folder}: no such folder")
+    experiment = _checkout_module("experiments.experiment")
+    with _waiting("writing the report"):
+        written = experiment.rebuild_report(options.run_folder)
+    print(written)
+    return 0
+
+
+def _load(path: Path) -> EpisodeDataset:
+    with _waiting(f"reading {path}"):
+        from robopref.episodes import load_episodes
+
+        return load_episodes(path)
+
+
+def _waiting(what: str) -> AbstractContextManager[object]:
+    """Shows on a terminal that something is under way, for work too short to count; elsewhere nothing."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(f"{what} …")
+
+
+def _show(checks: Iterable[Any], *, as_json: bool) -> int:
+    from robopref import doctor
+
+    found = list(checks) if as_json else checks
+    if as_json:
+        print(doctor.checks_as_json(found))
+        good = not any(check.fatal for check in found)
+    else:
+        good = doctor.show_checks(found, sys.stdout)
+    return 0 if good else STATUS_BAD
+
+
+def _facts(dataset: EpisodeDataset) -> Any:
+    import numpy as np
+    from rich.table import Table
+
+    lengths, returns = dataset.lengths, dataset.returns
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    env = dict(dataset.env)
+    name = env.pop("name", "unknown")
+    settings = ", ".join(f"{key} {value}" for key, value in env.items())
+    for fact, text in {
+        "path": str(dataset.path),
+        "description": dataset.description,
+        "env": f"{name} ({settings})" if settings else str(name),
+        "episodes": f"{len(dataset)}, of {lengths.min()} to {lengths.max()} steps",
+        "steps": str(dataset.total_steps),
+        "observations": _space(dataset.observation_space),
+        "actions": _space(dataset.action_space),
+        "states": f"{dataset.state_size} numbers per step" if dataset.state_size else "not kept",
+        "returns": "{:.4g} to {:.4g}, quartiles {:.4g}, {:.4g}, {:.4g}".format(
+            returns.min(), returns.max(), *np.percentile(returns, [25, 50, 75])
+        ),
+        "success": _success(dataset.successes),
+        "ends": f"{dataset.terminated.sum()} terminated, {dataset.truncated.sum()} truncated",
+        "hash": dataset.hash,
+    }.items():
+        if text:
+            table.add_row(fact, text)
+    return table
+
+
+def _behaviours(dataset: EpisodeDataset) -> Any:
+    import numpy as np
+    from rich.table import Table
+
+    names = np.array([str(origin.get("behaviour", "unknown")) for origin in dataset.origins])
+    table = Table(pad_edge=False)
+    table.add_column("behaviour")
+    for heading in ("episodes", "median return"):
+        table.add_column(heading, justify="right")
+    table.add_column("success")
+    for name in np.unique(names):
+        chosen = names == name
+        median = f"{np.median(dataset.returns[chosen]):.4g}"
+        table.add_row(str(name), str(chosen.sum()), median, _success(dataset.successes[chosen]))
+    return table
+
+
+def _success(successes: Any) -> str:
+    from robopref.evaluation import success_interval
+
+    interval: Interval = success_interval(successes)
+    return f"{interval.mean:.1%} (95% interval {interval.low:.1%} to {interval.high:.1%}, n = {interval.n})"
+
+
+def _space(space: Any) -> str:
+    low, high = float(space.low.min()), float(space.high.max())
+    return f"{space.shape[0]} numbers ({space.dtype}) between {low:.4g} and {high:.4g}"
+
+
+def _checkout_module(name: str) -> Any:
+    """A module that lives beside the library and is not part of the wheel."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # A package that the module needs is another matter than the module itself.
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise RuntimeError(
+            f"this command needs `{name.partition('.')[0]}/`, which the installed package does not hold:"
+            " run it in a checkout of the robopref repository, after `make install`"
+        ) from error
+
+
+def _check_output(path: Path) -> None:
+    """Finds out before the work, not after it, that its result could not be written."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; choose another path, or remove it first")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {nearest} is not a folder that this user may write to")
+
+
+def _is_for_people(error: Exception) -> bool:
+    # Subclasses of RuntimeError, such as those of JAX, speak to programmers.
+    return isinstance(error, ValueError | OSError | ModuleNotFoundError) or type(error) is RuntimeError
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed; `robopref doctor` says what is missing and how to get it"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def _behaviour_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in BEHAVIOURS:
+            raise argparse.ArgumentTypeError(f"there is no behaviour {name!r}{_nearest(name, list(BEHAVIOURS))}")
+    return names
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {least}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
