@@ -1,0 +1,415 @@
+"""The main job from end to end: a robot's rollouts, a teacher's preferences, CPL, an evaluated and filmed policy.
+
+A Meta-World robot has a door to open before its time is up. Its data are of mixed quality in a way that averaging does
+not mend: a quarter of the episodes are an expert's; in the others it reaches slowly for a place beside the handle,
+begins well and then goes there, or leans to one side. A simulated teacher compares pairs of segments. Compared are:
+
+* `bc`: behaviour cloning of everything;
+* `sft`: behaviour cloning of everything, then of the preferred segments alone;
+* `cpl`: contrastive preference learning from the same labels;
+* `cpl-shuffled`: CPL from the same labels in random order, which must not help;
+* `expert`: the scripted policy that gave the good quarter, without its noise.
+
+Every method is evaluated from its last checkpoint, on initial states that all methods of the same seed share.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import envs
+from agents.bc import BCConfig
+from agents.cpl import CPLConfig
+from envs.behaviours import Expert, HeldBias, Mixture, Offset, Switching
+from experiments.experiment import (
+    RESULTS,
+    Evaluation,
+    Training,
+    collect,
+    evaluate_policy,
+    finish_run,
+    load_agent,
+    manifest,
+    run_main,
+    save_run,
+    train,
+)
+from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
+from labelers.teachers import preset, relative_threshold
+from robopref.agent import AgentPolicy
+from robopref.episodes import load_episodes
+from robopref.evaluation import claim_verdict, compare, success_interval
+from robopref.queries import draw_queries, label_statistics
+from robopref.records import read_records, write_records
+from robopref.reports import Histogram, LabelStatistics, MethodComparison, Report, print_table
+from robopref.rollouts import film_episode
+from robopref.types import Policy
+from robopref.video import side_by_side, write_video
+
+METHODS = ("bc", "sft", "cpl", "cpl-shuffled")
+METRIC = "success rate"
+
+COMPARISONS = (("bc", "expert"), ("cpl", "bc"), ("cpl", "sft"), ("cpl", "cpl-shuffled"), ("cpl", "expert"))
+CLAIMS: tuple[tuple[str, str, str, str, Literal["above", "below"]], ...] = (
+    ("a", "behaviour cloning of everything stays below the expert", "bc", "expert", "below"),
+    ("b", "CPL succeeds more often than behaviour cloning of everything", "cpl", "bc", "above"),
+    ("c", "CPL succeeds more often than fine-tuning on preferred segments", "cpl", "sft", "above"),
+    ("d", "CPL succeeds more often than with shuffled labels", "cpl", "cpl-shuffled", "above"),
+)
+"""Claim, and the two methods whose difference in success rate it is about."""
+
+
+BC = Training("bc", BCConfig(decay_updates=9000), "episodes", updates=9000, batch_size=256)
+SFT = Training(
+    "bc",
+    BCConfig(learning_rate=1e-3, pretrain_updates=800, decay_updates=2400),
+    "preferences",
+    updates=2400,
+    batch_size=16,
+)
+CPL = Training(
+    "cpl",
+    CPLConfig(learning_rate=5e-4, pretrain_learning_rate=1e-3, pretrain_updates=800, decay_updates=2400),
+    "preferences",
+    updates=2400,
+    batch_size=16,
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    """The main job from end to end, on one or more Meta-World tasks.
+
+    Attributes:
+        tasks: names of Meta-World tasks.
+        methods: which of bc, sft, cpl and cpl-shuffled to train.
+        seeds: training seeds; each is evaluated on initial states of its own, shared by all methods.
+        seed: of everything: data, queries, labels, training and initial states.
+        horizon: steps in which the task must be done.
+        episodes: to collect.
+        queries: pairs of segments to label.
+        length: steps of a segment.
+        teacher: oracle, mistake, noisy, skip, equal or myopic.
+        bc: behaviour cloning of everything.
+        sft: behaviour cloning of everything and then of the preferred segments.
+        cpl: contrastive preference learning.
+        evaluation_episodes: per method and seed, from the last checkpoint.
+        curve_episodes: per method, seed and point of the learning curve.
+        folder: of the run; runs/demo-<preset>-<seed> by default.
+        preset: what the folder and published results are called by.
+        launcher: processes on this machine, or Ray.
+        cores: to use; all there are by default.
+        publish: also write the results to experiments/results/demo-<preset>.json.
+    """
+
+    tasks: tuple[str, ...] = ("door-open-v3",)
+    methods: tuple[str, ...] = METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    seed: int = 0
+    horizon: int = 120
+    episodes: int = 600
+    queries: int = 2000
+    length: int = 64
+    teacher: str = "oracle"
+    bc: Training = BC
+    sft: Training = SFT
+    cpl: Training = CPL
+    evaluation_episodes: int = 50
+    curve_episodes: int = 20
+    folder: Path | None = None
+    preset: str = "small"
+    launcher: LauncherName = "local"
+    cores: int | None = None
+    publish: bool = False
+
+
+def _smoke(training: Training, **config: Any) -> Training:
+    return replace(
+        training,
+        config=replace(training.config, hidden_dims=(16,), **config),
+        updates=6,
+        batch_size=4,
+        checkpoints=2,
+    )
+
+
+DEFAULT = Args()
+PRESETS = {
+    "small": DEFAULT,
+    "smoke": replace(
+        DEFAULT,
+        preset="smoke",
+        seeds=(0, 1),
+        horizon=40,
+        episodes=8,
+        queries=20,
+        length=8,
+        bc=_smoke(DEFAULT.bc, decay_updates=6),
+        sft=_smoke(DEFAULT.sft, decay_updates=6, pretrain_updates=2),
+        cpl=_smoke(DEFAULT.cpl, decay_updates=6, pretrain_updates=2),
+        evaluation_episodes=3,
+        curve_episodes=2,
+    ),
+}
+
+
+def behaviours(task: str) -> Mixture:
+    """Who acts in the episodes: an expert in a quarter of them, and three ways of being systematically wrong."""
+    beside = Offset(task, speed=0.6, noise=0.1)
+    return Mixture(
+        (
+            (0.25, Expert(task, noise=0.3)),
+            (0.5, beside),
+            (0.15, Switching(Expert(task, noise=0.1), beside, earliest=10, latest=60)),
+            (0.1, HeldBias(task, noise=0.1)),
+        )
+    )
+
+
+def jobs(args: Args) -> list[Job]:
+    """The grid: per task the episodes, their labels, every method and seed, the expert, and a film."""
+    every = []
+    for task in args.tasks:
+        env = {"name": f"metaworld/{task}", "horizon": args.horizon}
+        episodes, labels = f"episodes/{task}", f"labels/{task}"
+        cores = max(1, (args.cores or os.cpu_count() or 1) // len(args.tasks))
+        every.append(
+            Job(
+                episodes,
+                collect,
+                {
+                    "env": env,
+                    "policy": behaviours(task),
+                    "episodes": args.episodes,
+                    "first_seed": _first_seed(args.seed, 0),
+                },
+                cores=cores,
+            )
+        )
+        asked = {"queries": args.queries, "length": args.length, "teacher": args.teacher, "seed": args.seed}
+        every.append(Job(labels, label, {"episodes": episodes, **asked}, needs=(episodes,)))
+        for seed in args.seeds:
+            evaluation = Evaluation(
+                env,
+                episodes=args.evaluation_episodes,
+                first_seed=_first_seed(args.seed, 1) + 10_000 * seed,
+                curve_episodes=args.curve_episodes,
+                curve_first_seed=_first_seed(args.seed, 2),
+            )
+            every.append(
+                Job(_cell("expert", task, seed), evaluate_policy, {"policy": Expert(task), "evaluation": evaluation})
+            )
+            for method in args.methods:
+                cell = {"training": _training(args, method), "evaluation": evaluation, "seed": (args.seed, seed)}
+                every.append(
+                    Job(
+                        _cell(method, task, seed),
+                        train,
+                        {**cell, "episodes": episodes, "labels": labels},
+                        needs=(episodes, labels),
+                    )
+                )
+        every.append(_film_job(args, task, env))
+    return every
+
+
+def label(context: JobContext, *, episodes: str, queries: int, length: int, teacher: str, seed: int) -> dict[str, Any]:
+    """Job: draws queries, has the teacher answer them, and stores the preferences."""
+    dataset = load_episodes(context.folders[episodes] / "episodes")
+    drawn = draw_queries(dataset, np.random.default_rng(seed), count=queries, length=length)
+    threshold = None
+    if teacher in ("skip", "equal"):
+        threshold = relative_threshold(0.1, float(dataset.returns.mean()), length, int(dataset.lengths.max()))
+    labels = preset(teacher, threshold=threshold).label(drawn, jax.random.key(seed))
+    write_records(context.folder / "labels.parquet", drawn, labels)
+    statistics = label_statistics(drawn, labels)
+    return {name: value if np.isfinite(value) else None for name, value in statistics.items()}
+
+
+def film(
+    context: JobContext,
+    *,
+    env: Mapping[str, Any],
+    trainings: Mapping[str, Training],
+    cells: Mapping[str, str],
+    expert: Policy,
+    seed: int,
+) -> dict[str, Any]:
+    """Job: films the policies side by side from one initial state, if this machine can draw."""
+    camera = envs.make({**env, "image_size": 240})
+    observation_dim, action_dim = camera.observation_space.shape[0], camera.action_space.shape[0]
+    policies: dict[str, Policy] = {
+        method: AgentPolicy(load_agent(context.folders[cells[method]], training, observation_dim, action_dim))
+        for method, training in trainings.items()
+    }
+    films, captions = {}, {}
+    for done, (name, policy) in enumerate({**policies, "expert": expert}.items()):
+        context.progress(done, len(policies) + 1)
+        try:
+            films[name], solved = film_episode(camera, policy, seed, hold=20)
+        except RuntimeError as error:
+            return {"film": None, "note": f"There is no film: {error}"}
+        captions[name] = ["success" if by_now else "" for by_now in solved]
+    camera.close()
+    write_video(context.folder / "film.mp4", side_by_side(films, captions, columns=3), fps=30)
+    note = "The policies of the first seed, from the same initial state, at three quarters of real speed."
+    return {"film": "film.mp4", "note": note}
+
+
+def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder: Path) -> Report:
+    """Everything that the run found; `values` are those of its jobs, `run` is the manifest."""
+    rng = np.random.default_rng(args.seed)
+    rows, comparisons, claims, curves = [], [], [], {}
+    for task in args.tasks:
+        scores = {
+            method: np.array([values[_cell(method, task, seed)]["successes"] for seed in args.seeds], float)
+            for method in (*args.methods, "expert")
+        }
+        for method, successes in scores.items():
+            estimate = success_interval(successes)
+            rows.append({"method": method, "task": task, "metric": METRIC, **vars(estimate)})
+        compared = {
+            pair: compare(scores[pair[0]], scores[pair[1]], rng) for pair in COMPARISONS if scores.keys() >= set(pair)
+        }
+        comparisons += [MethodComparison(*pair, METRIC, outcome, task) for pair, outcome in compared.items()]
+        for name, claim, ours, theirs, direction in CLAIMS:
+            outcome = compared.get((ours, theirs))
+            if outcome is not None:
+                numbers = {"ours": outcome.difference, "low": outcome.low, "high": outcome.high}
+                verdict = claim_verdict(outcome, direction)
+                claims.append({"id": name, "claim": f"{task}: {claim}", "paper": None, **numbers, "verdict": verdict})
+        for method in args.methods:
+            cells = [values[_cell(method, task, seed)] for seed in args.seeds]
+            steps = np.array([int(step) for step in cells[0]["curve"]])
+            rates = np.array([[np.mean(successes) for successes in cell["curve"].values()] for cell in cells])
+            prefix = f"{task} " if len(args.tasks) > 1 else ""
+            curves[f"{prefix}{method}", METRIC] = (steps, rates)
+    made_film = values[f"film/{args.tasks[0]}"]
+    return Report(
+        title="robopref demo",
+        summary=_summary(args, comparisons),
+        results={"manifest": run, "rows": rows, "claims": claims},
+        comparisons=comparisons,
+        curves=curves,
+        labels=_label_statistics(args, values, folder),
+        behaviours={
+            name: success_interval(successes)
+            for name, successes in values[f"episodes/{args.tasks[0]}"]["behaviours"].items()
+        },
+        film=folder / f"film/{args.tasks[0]}" / made_film["film"] if made_film["film"] else None,
+        film_note=made_film["note"],
+    )
+
+
+def main(args: Args, console: Console | None = None) -> int:
+    """Runs what is missing of the grid, then writes and prints the report. Returns the exit status."""
+    console = console or Console()
+    started = time.monotonic()
+    folder = args.folder or Path("runs") / f"demo-{args.preset}-{args.seed}"
+    _check(args)
+    grid = jobs(args)
+    save_run(folder, "experiments.demo", args)
+    outcome = run_grid(grid, folder, launcher=args.launcher, cores=args.cores)
+    if outcome.failures:
+        report_failures(outcome, console)
+        return 1
+    data = {task: outcome.values[f"episodes/{task}"]["hash"] for task in args.tasks}
+    run = manifest(args, seeds=args.seeds, data=data, wall_seconds=time.monotonic() - started)
+    found = report(args, outcome.values, run, folder)
+    publish = RESULTS / f"demo-{args.preset}.json" if args.publish else None
+    page = finish_run(folder, found, publish=publish)
+    print_table(found.results, console, found.comparisons)
+    console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _film_job(args: Args, task: str, env: Mapping[str, Any]) -> Job:
+    shown = [method for method in ("bc", "sft", "cpl") if method in args.methods]
+    cells = {method: _cell(method, task, args.seeds[0]) for method in shown}
+    arguments = {
+        "env": env,
+        "trainings": {method: _training(args, method) for method in shown},
+        "cells": cells,
+        "expert": Expert(task),
+        "seed": _first_seed(args.seed, 1) + 10_000 * args.seeds[0],
+    }
+    return Job(f"film/{task}", film, arguments, needs=tuple(cells.values()))
+
+
+def _training(args: Args, method: str) -> Training:
+    if method == "cpl-shuffled":
+        return replace(args.cpl, data="shuffled")
+    training: Training = getattr(args, method)
+    return training
+
+
+def _cell(method: str, task: str, seed: int) -> str:
+    return f"train/{method}/{task}/{seed}"
+
+
+def _first_seed(seed: int, purpose: int) -> int:
+    """Where the seeds of initial states begin: 0 for collecting, 1 for evaluation, 2 for learning curves."""
+    return 10_000_000 * seed + 1_000_000 * purpose
+
+
+def _check(args: Args) -> None:
+    for method in args.methods:
+        if method not in METHODS:
+            raise ValueError(f"there is no method {method!r}{envs.suggestion(method, METHODS)}")
+    for task in args.tasks:
+        envs.make({"name": f"metaworld/{task}", "horizon": args.horizon}).close()
+    if args.length > args.horizon:
+        raise ValueError(f"segments of {args.length} steps do not fit into episodes of {args.horizon}.")
+    if not args.seeds or not args.tasks:
+        raise ValueError("at least one task and one seed are needed.")
+    preset(args.teacher, threshold=0.0)
+
+
+def _label_statistics(args: Args, values: Mapping[str, Any], folder: Path) -> LabelStatistics:
+    task = args.tasks[0]
+    dataset = load_episodes(folder / f"episodes/{task}" / "episodes")
+    queries, labels = read_records(folder / f"labels/{task}" / "labels.parquet", dataset)
+    assert labels.values is not None
+    gaps = queries.partial_returns[:, 1] - queries.partial_returns[:, 0]
+    groups = {
+        "first preferred": gaps[labels.values < 0.5],
+        "tie": gaps[labels.values == 0.5],
+        "second preferred": gaps[labels.values > 0.5],
+    }
+    histogram = Histogram(
+        title="Partial return of the second segment minus that of the first, by answer",
+        x_label="difference in partial return",
+        groups={name: group for name, group in groups.items() if len(group)},
+    )
+    facts = {
+        "teacher": args.teacher,
+        "queries": f"{args.queries} pairs of {args.length} steps",
+        **{name: value for name, value in values[f"labels/{task}"].items() if value is not None and name != "n"},
+    }
+    return LabelStatistics(facts=facts, histograms=(histogram,))
+
+
+def _summary(args: Args, comparisons: Sequence[MethodComparison]) -> str:
+    told = [
+        f"{each.ours} against {each.theirs}: {each.result.verdict}"
+        for each in comparisons
+        if (each.ours, each.theirs) in (("cpl", "bc"), ("cpl", "cpl-shuffled"))
+    ]
+    return (
+        f"{args.episodes} episodes of mixed quality, {args.queries} pairs of segments labelled by a simulated teacher"
+        f" ({args.teacher}), and policies learned from them. Every policy is evaluated from its last checkpoint over"
+        f" {len(args.seeds)} training seeds of {args.evaluation_episodes} episodes. {'; '.join(told)}."
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, PRESETS, "The main job from end to end, on a simulated robot.")

@@ -1,0 +1,311 @@
+"""What all experiments share: presets on the command line, jobs that collect, train and evaluate, and reports."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import envs
+from agents.bc import BCAgent, BCConfig
+from agents.cpl import CPLAgent, CPLConfig
+from experiments.grid import JobContext
+from robopref.agent import AgentPolicy
+from robopref.checkpoints import restore_checkpoint
+from robopref.configs import from_json, to_json
+from robopref.datasets import PreferenceDataset, TransitionDataset, fit_normalizer
+from robopref.episodes import load_episodes, write_episodes
+from robopref.files import read_json, write_json
+from robopref.queries import Labels
+from robopref.records import read_records
+from robopref.reports import Report, write_report
+from robopref.rollouts import RolloutWorkers
+from robopref.training import checkpoints, fit, read_metrics
+from robopref.types import Policy, Preferences, Segments
+
+Args = TypeVar("Args")
+
+AGENTS: dict[str, Any] = {"bc": BCAgent, "cpl": CPLAgent}
+"""Agents by the name that a `Training` gives."""
+
+RESULTS = Path(__file__).parent / "results"
+"""Where published results lie, as `<experiment>-<preset>.json`."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one method of a comparison is trained.
+
+    Attributes:
+        agent: a name in `AGENTS`.
+        config: that agent's configuration.
+        data: all steps of the episodes, the labelled pairs, or the pairs with their labels shuffled.
+        updates: gradient steps.
+        batch_size: steps or pairs per update.
+        checkpoints: how many, evenly spaced; each gives a point of the learning curve.
+    """
+
+    agent: str
+    config: BCConfig | CPLConfig
+    data: Literal["episodes", "preferences", "shuffled"]
+    updates: int
+    batch_size: int
+    checkpoints: int = 6
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """From which initial states policies are evaluated.
+
+    Attributes:
+        env: configuration of the environment.
+        episodes: of the last checkpoint, from the states of seeds `first_seed`, `first_seed` + 1, ...
+        first_seed: all methods that are to be compared use the same.
+        curve_episodes: for each point of the learning curve, from states of their own.
+    """
+
+    env: Mapping[str, Any]
+    episodes: int
+    first_seed: int
+    curve_episodes: int = 0
+    curve_first_seed: int = 0
+
+
+def collect(
+    context: JobContext, *, env: Mapping[str, Any], policy: Policy, episodes: int, first_seed: int
+) -> dict[str, Any]:
+    """Job: rolls a policy out and stores the episodes, with simulator states, under `episodes/`."""
+    make_env = functools.partial(envs.make, env)
+    cores = len(os.sched_getaffinity(0))
+    with RolloutWorkers(make_env, processes=cores if cores > 1 else 0, lanes=1) as workers:
+        collected = workers.run(
+            policy, range(first_seed, first_seed + episodes), keep_states=True, progress=context.progress
+        )
+    sample = make_env()
+    write_episodes(
+        context.folder / "episodes",
+        collected,
+        observation_space=sample.observation_space,
+        action_space=sample.action_space,
+        env=dict(env),
+        description=f"{episodes} episodes of behaviours of mixed quality",
+    )
+    dataset = load_episodes(context.folder / "episodes")
+    behaviours: dict[str, list[bool]] = {}
+    for origin, success in zip(dataset.origins, dataset.successes, strict=True):
+        behaviours.setdefault(str(origin["behaviour"]), []).append(bool(success))
+    return {"hash": dataset.hash, "steps": dataset.total_steps, "behaviours": behaviours}
+
+
+def train(
+    context: JobContext,
+    *,
+    training: Training,
+    evaluation: Evaluation,
+    episodes: str,
+    labels: str,
+    seed: tuple[int, int],
+) -> dict[str, Any]:
+    """Job: trains one agent with one seed, then evaluates its checkpoints.
+
+    Args:
+        episodes: name of the job that stored the episodes.
+        labels: name of the job that stored the labels of queries about them.
+        seed: seed of the experiment and of the training run.
+    """
+    dataset = load_episodes(context.folders[episodes] / "episodes")
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+    data: TransitionDataset | PreferenceDataset
+    if training.data == "episodes":
+        data = TransitionDataset.create(dataset)
+    else:
+        queries, answers = read_records(context.folders[labels] / "labels.parquet", dataset)
+        if training.data == "shuffled":
+            answers = shuffle_labels(answers, np.random.default_rng(seed))
+        data = PreferenceDataset.create(queries, answers)
+    create_key, fit_key = jax.random.split(key)
+    agent = AGENTS[training.agent].create(
+        training.config, data.take(jnp.arange(2)), create_key, normalizer=fit_normalizer(dataset)
+    )
+    interval = max(1, training.updates // training.checkpoints)
+    agent = fit(
+        agent,
+        data,
+        fit_key,
+        num_updates=training.updates,
+        batch_size=training.batch_size,
+        folder=context.folder,
+        log_every=interval,
+        checkpoint_every=interval,
+        progress=context.progress,
+    )
+    with _open_workers(evaluation) as workers:
+        curve = {
+            step: _successes(
+                workers,
+                AgentPolicy(restore_checkpoint(path, agent)),
+                evaluation.curve_first_seed,
+                evaluation.curve_episodes,
+            )
+            for step, path in checkpoints(context.folder).items()
+        }
+        final = _successes(workers, AgentPolicy(agent), evaluation.first_seed, evaluation.episodes)
+    return {
+        "successes": final,
+        "curve": {str(step): successes for step, successes in curve.items()},
+        "metrics": read_metrics(context.folder / "metrics.csv"),
+    }
+
+
+def evaluate_policy(context: JobContext, *, policy: Policy, evaluation: Evaluation) -> dict[str, Any]:
+    """Job: evaluates a policy that needs no training, such as a scripted expert."""
+    with _open_workers(evaluation) as workers:
+        return {"successes": _successes(workers, policy, evaluation.first_seed, evaluation.episodes)}
+
+
+def shuffle_labels(labels: Labels, rng: np.random.Generator) -> Labels:
+    """The same answers, given to the answered queries in random order: what is left when preferences say nothing."""
+    if labels.values is None:
+        raise ValueError("only labels of pairs can be shuffled, not orders.")
+    values = labels.values.copy()
+    values[labels.answered] = rng.permutation(values[labels.answered])
+    return replace(labels, values=values, labeler=f"{labels.labeler} (shuffled)")
+
+
+def load_agent(folder: Path, training: Training, observation_dim: int, action_dim: int) -> Any:
+    """The agent of the last checkpoint that a `train` job left in `folder`."""
+    observations, actions = jnp.zeros((2, 2, 1, observation_dim)), jnp.zeros((2, 2, 1, action_dim))
+    example = Preferences(Segments(observations, actions), labels=jnp.zeros(2))
+    template = AGENTS[training.agent].create(training.config, example, jax.random.key(0))
+    saved = checkpoints(folder)
+    if not saved:
+        raise FileNotFoundError(f"there is no checkpoint in {folder}.")
+    return restore_checkpoint(saved[max(saved)], template)
+
+
+def save_run(folder: Path, module: str, args: Any) -> None:
+    """Notes in a run folder which experiment it belongs to, and refuses a folder that belongs to another one."""
+    path = folder / "run.json"
+    run = {"module": module, "args": to_json(args)}
+    if path.exists() and read_json(path)["module"] != module:
+        raise ValueError(f"{folder} holds a run of {read_json(path)['module']}; choose another --folder.")
+    write_json(path, run)
+
+
+def finish_run(folder: Path, report: Report, *, publish: Path | None) -> Path:
+    """Writes the report of a run, and its results once more under experiments/results/ if they are to be published."""
+    page = write_report(folder / "report", report)
+    if publish is not None:
+        write_json(publish, read_json(folder / "report" / "results.json"))
+    return page
+
+
+def rebuild_report(run_folder: Path) -> Path:
+    """Writes the report of a finished run anew, from what its jobs left, and returns the page's path.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or jobs of it are missing.
+        ValueError: it was made by another version.
+    """
+    run = read_json(run_folder / "run.json")
+    module = importlib.import_module(run["module"])
+    args = from_json(module.Args, run["args"])
+    values = {}
+    for job in module.jobs(args):
+        path = run_folder / job.name / "result.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{run_folder} is not finished: {job.name} has no result; run its command again.")
+        values[job.name] = read_json(path)["value"]
+    results = read_json(run_folder / "report" / "results.json")
+    return finish_run(run_folder, module.report(args, values, results["manifest"], run_folder), publish=None)
+
+
+def _open_workers(evaluation: Evaluation) -> RolloutWorkers:
+    lanes = min(10, max(evaluation.episodes, 1))
+    return RolloutWorkers(functools.partial(envs.make, evaluation.env), lanes=lanes)
+
+
+def _successes(workers: RolloutWorkers, policy: Policy, first_seed: int, episodes: int) -> list[bool]:
+    seeds = range(first_seed, first_seed + episodes)
+    return [episode.succeeded for episode in workers.run(policy, seeds, stop_on_success=True)]
+
+
+def parse_args(presets: Mapping[str, Args], argv: Sequence[str] | None = None, *, description: str = "") -> Args:
+    """The experiment's `Args`: those of `--preset` (the first one by default), changed by the other flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default=next(iter(presets)))
+    known, rest = parser.parse_known_args(argv)
+    if known.preset not in presets:
+        near = difflib.get_close_matches(known.preset, presets, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"there is no preset {known.preset!r}, only {', '.join(presets)}{hint}")
+    default = presets[known.preset]
+    text = f"{description} Presets: --preset {{{','.join(presets)}}}; the values below are those of {known.preset!r}."
+    return tyro.cli(type(default), default=default, args=rest, description=text)
+
+
+def run_main(main: Callable[[Args], int], presets: Mapping[str, Args], description: str) -> None:
+    """The command line of an experiment: errors in the input are one sentence and exit status 2."""
+    try:
+        status = main(parse_args(presets, description=description))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on from here", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+def manifest(args: Any, *, seeds: Sequence[int], data: Mapping[str, str], wall_seconds: float) -> dict[str, Any]:
+    """How a result was made: command, configuration, seeds, versions, data hashes, device, time and commit."""
+    packages = ("jax", "flax", "optax", "numpy", "mujoco", "metaworld", "gymnasium")
+    return {
+        "command": shlex.join(["python", "-m", *_module_and_arguments()]),
+        "config": to_json(args),
+        "seeds": list(seeds),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "data": dict(data),
+        "device": _device(),
+        "wall_seconds": round(wall_seconds, 1),
+        "commit": _commit(),
+    }
+
+
+def _module_and_arguments() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]]
+
+
+def _device() -> str:
+    # In a process of its own: asking JAX starts its back end, which the parent of job processes has no use for.
+    code = "import jax, json; print(json.dumps([str(d.device_kind) for d in jax.devices()]))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    kinds = json.loads(answer.stdout.splitlines()[-1]) if answer.returncode == 0 else ["unknown"]
+    return f"{', '.join(kinds)}; {os.cpu_count()} cores, {platform.machine()}"
+
+
+def _commit() -> str:
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    answer = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    return answer.stdout.strip() if answer and answer.returncode == 0 else "not a git checkout"
