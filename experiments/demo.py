@@ -68,16 +68,14 @@ CLAIMS: tuple[tuple[str, str, str, str, Literal["above", "below"]], ...] = (
 """Claim, and the two methods whose difference in success rate it is about."""
 
 
-BC = Training("bc", BCConfig(decay_updates=9000), "episodes", updates=9000, batch_size=256)
+BC = Training(BCConfig(decay_updates=9000), "episodes", updates=9000, batch_size=256)
 SFT = Training(
-    "bc",
     BCConfig(learning_rate=1e-3, pretrain_updates=800, decay_updates=2400),
     "preferences",
     updates=2400,
     batch_size=16,
 )
 CPL = Training(
-    "cpl",
     CPLConfig(learning_rate=5e-4, pretrain_learning_rate=1e-3, pretrain_updates=800, decay_updates=2400),
     "preferences",
     updates=2400,
@@ -117,12 +115,12 @@ class Args:
     seed: int = 0
     horizon: int = 120
     episodes: int = 600
-    queries: int = 2000
+    queries: int = 4000
     length: int = 64
     teacher: str = "oracle"
-    bc: Training = BC
-    sft: Training = SFT
-    cpl: Training = CPL
+    bc: Training[BCConfig] = BC
+    sft: Training[BCConfig] = SFT
+    cpl: Training[CPLConfig] = CPL
     evaluation_episodes: int = 50
     curve_episodes: int = 20
     folder: Path | None = None
@@ -132,7 +130,7 @@ class Args:
     publish: bool = False
 
 
-def _smoke(training: Training, **config: Any) -> Training:
+def _smoke(training: Training[Any], **config: Any) -> Training[Any]:
     return replace(
         training,
         config=replace(training.config, hidden_dims=(16,), **config),
@@ -239,7 +237,7 @@ def film(
     context: JobContext,
     *,
     env: Mapping[str, Any],
-    trainings: Mapping[str, Training],
+    trainings: Mapping[str, Training[Any]],
     cells: Mapping[str, str],
     expert: Policy,
     seed: int,
@@ -260,8 +258,8 @@ def film(
             return {"film": None, "note": f"There is no film: {error}"}
         captions[name] = ["success" if by_now else "" for by_now in solved]
     camera.close()
-    write_video(context.folder / "film.mp4", side_by_side(films, captions, columns=3), fps=30)
-    note = "The policies of the first seed, from the same initial state, at three quarters of real speed."
+    write_video(context.folder / "film.mp4", side_by_side(films, captions, columns=4), fps=20)
+    note = "The policies of the first seed, from the same initial state, at half speed."
     return {"film": "film.mp4", "note": note}
 
 
@@ -293,6 +291,10 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
             rates = np.array([[np.mean(successes) for successes in cell["curve"].values()] for cell in cells])
             prefix = f"{task} " if len(args.tasks) > 1 else ""
             curves[f"{prefix}{method}", METRIC] = (steps, rates)
+            if "policy/ranking_accuracy" in cells[0]["metrics"][0]:
+                accuracies = [[row["policy/ranking_accuracy"] for row in cell["metrics"]] for cell in cells]
+                logged = np.array([row["step"] for row in cells[0]["metrics"]])
+                curves[f"{prefix}{method}", "ranking accuracy, training batches"] = (logged, np.array(accuracies))
     made_film = values[f"film/{args.tasks[0]}"]
     return Report(
         title="robopref demo",
@@ -323,7 +325,8 @@ def main(args: Args, console: Console | None = None) -> int:
         report_failures(outcome, console)
         return 1
     data = {task: outcome.values[f"episodes/{task}"]["hash"] for task in args.tasks}
-    run = manifest(args, seeds=args.seeds, data=data, wall_seconds=time.monotonic() - started)
+    wall_seconds = time.monotonic() - started
+    run = manifest(args, seeds=args.seeds, data=data, wall_seconds=wall_seconds, job_seconds=outcome.seconds)
     found = report(args, outcome.values, run, folder)
     publish = RESULTS / f"demo-{args.preset}.json" if args.publish else None
     page = finish_run(folder, found, publish=publish)
@@ -345,10 +348,10 @@ def _film_job(args: Args, task: str, env: Mapping[str, Any]) -> Job:
     return Job(f"film/{task}", film, arguments, needs=tuple(cells.values()))
 
 
-def _training(args: Args, method: str) -> Training:
+def _training(args: Args, method: str) -> Training[Any]:
     if method == "cpl-shuffled":
         return replace(args.cpl, data="shuffled")
-    training: Training = getattr(args, method)
+    training: Training[Any] = getattr(args, method)
     return training
 
 
@@ -386,15 +389,19 @@ def _label_statistics(args: Args, values: Mapping[str, Any], folder: Path) -> La
         "second preferred": gaps[labels.values > 0.5],
     }
     histogram = Histogram(
-        title="Partial return of the second segment minus that of the first, by answer",
-        x_label="difference in partial return",
+        title="Answers by difference in partial return",
+        x_label="partial return of the second segment minus that of the first",
         groups={name: group for name, group in groups.items() if len(group)},
     )
-    facts = {
-        "teacher": args.teacher,
-        "queries": f"{args.queries} pairs of {args.length} steps",
-        **{name: value for name, value in values[f"labels/{task}"].items() if value is not None and name != "n"},
+    told = values[f"labels/{task}"]
+    facts: dict[str, str | float] = {"teacher": args.teacher, "queries": f"{args.queries} pairs of {args.length} steps"}
+    shares = {
+        "answered": "answered",
+        "ties": "ties",
+        "second": "second preferred",
+        "partial_return_agreement": "greater partial return preferred",
     }
+    facts |= {words: f"{told[name]:.1%}" for name, words in shares.items() if told[name] is not None}
     return LabelStatistics(facts=facts, histograms=(histogram,))
 
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,29 +42,28 @@ from robopref.training import checkpoints, fit, read_metrics
 from robopref.types import Policy, Preferences, Segments
 
 Args = TypeVar("Args")
+Config = TypeVar("Config")
 
-AGENTS: dict[str, Any] = {"bc": BCAgent, "cpl": CPLAgent}
-"""Agents by the name that a `Training` gives."""
+AGENTS: dict[type, Any] = {BCConfig: BCAgent, CPLConfig: CPLAgent}
+"""The agent that each configuration configures."""
 
 RESULTS = Path(__file__).parent / "results"
 """Where published results lie, as `<experiment>-<preset>.json`."""
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Generic[Config]):
     """How one method of a comparison is trained.
 
     Attributes:
-        agent: a name in `AGENTS`.
-        config: that agent's configuration.
+        config: the agent's configuration, which also says which agent it is (`AGENTS`).
         data: all steps of the episodes, the labelled pairs, or the pairs with their labels shuffled.
         updates: gradient steps.
         batch_size: steps or pairs per update.
         checkpoints: how many, evenly spaced; each gives a point of the learning curve.
     """
 
-    agent: str
-    config: BCConfig | CPLConfig
+    config: Config
     data: Literal["episodes", "preferences", "shuffled"]
     updates: int
     batch_size: int
@@ -118,7 +117,7 @@ def collect(
 def train(
     context: JobContext,
     *,
-    training: Training,
+    training: Training[Any],
     evaluation: Evaluation,
     episodes: str,
     labels: str,
@@ -142,7 +141,7 @@ def train(
             answers = shuffle_labels(answers, np.random.default_rng(seed))
         data = PreferenceDataset.create(queries, answers)
     create_key, fit_key = jax.random.split(key)
-    agent = AGENTS[training.agent].create(
+    agent = AGENTS[type(training.config)].create(
         training.config, data.take(jnp.arange(2)), create_key, normalizer=fit_normalizer(dataset)
     )
     interval = max(1, training.updates // training.checkpoints)
@@ -190,11 +189,11 @@ def shuffle_labels(labels: Labels, rng: np.random.Generator) -> Labels:
     return replace(labels, values=values, labeler=f"{labels.labeler} (shuffled)")
 
 
-def load_agent(folder: Path, training: Training, observation_dim: int, action_dim: int) -> Any:
+def load_agent(folder: Path, training: Training[Any], observation_dim: int, action_dim: int) -> Any:
     """The agent of the last checkpoint that a `train` job left in `folder`."""
     observations, actions = jnp.zeros((2, 2, 1, observation_dim)), jnp.zeros((2, 2, 1, action_dim))
     example = Preferences(Segments(observations, actions), labels=jnp.zeros(2))
-    template = AGENTS[training.agent].create(training.config, example, jax.random.key(0))
+    template = AGENTS[type(training.config)].create(training.config, example, jax.random.key(0))
     saved = checkpoints(folder)
     if not saved:
         raise FileNotFoundError(f"there is no checkpoint in {folder}.")
@@ -259,7 +258,8 @@ def parse_args(presets: Mapping[str, Args], argv: Sequence[str] | None = None, *
         raise ValueError(f"there is no preset {known.preset!r}, only {', '.join(presets)}{hint}")
     default = presets[known.preset]
     text = f"{description} Presets: --preset {{{','.join(presets)}}}; the values below are those of {known.preset!r}."
-    return tyro.cli(type(default), default=default, args=rest, description=text)
+    program = f"python -m {_module_and_arguments()[0]}"
+    return tyro.cli(type(default), default=default, args=rest, description=text, prog=program)
 
 
 def run_main(main: Callable[[Args], int], presets: Mapping[str, Args], description: str) -> None:
@@ -275,8 +275,13 @@ def run_main(main: Callable[[Args], int], presets: Mapping[str, Args], descripti
     sys.exit(status)
 
 
-def manifest(args: Any, *, seeds: Sequence[int], data: Mapping[str, str], wall_seconds: float) -> dict[str, Any]:
-    """How a result was made: command, configuration, seeds, versions, data hashes, device, time and commit."""
+def manifest(
+    args: Any, *, seeds: Sequence[int], data: Mapping[str, str], wall_seconds: float, job_seconds: float
+) -> dict[str, Any]:
+    """How a result was made: command, configuration, seeds, versions, data hashes, device, time and commit.
+
+    `wall_seconds` is the time of this command, `job_seconds` that of all jobs together, run now or before.
+    """
     packages = ("jax", "flax", "optax", "numpy", "mujoco", "metaworld", "gymnasium")
     return {
         "command": shlex.join(["python", "-m", *_module_and_arguments()]),
@@ -287,6 +292,7 @@ def manifest(args: Any, *, seeds: Sequence[int], data: Mapping[str, str], wall_s
         "data": dict(data),
         "device": _device(),
         "wall_seconds": round(wall_seconds, 1),
+        "job_seconds": round(job_seconds, 1),
         "commit": _commit(),
     }
 

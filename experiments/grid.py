@@ -8,6 +8,7 @@ job that fails or is killed is reported; jobs that do not need it go on.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import shutil
@@ -70,10 +71,14 @@ class Job:
 
 @dataclass(frozen=True)
 class GridOutcome:
-    """The value of every job that is done, and for the others one sentence on what went wrong."""
+    """The value of every job that is done, and for the others one sentence on what went wrong.
+
+    `seconds` is what all the jobs that are done took together, whenever they ran.
+    """
 
     values: dict[str, Any]
     failures: dict[str, str]
+    seconds: float
 
 
 def run_grid(
@@ -125,7 +130,8 @@ def run_grid(
                     failures[name] = f"{error} (its output is in {folder / name / 'log.txt'})"
                 display.finish(name, failures.get(name))
             display.refresh()
-    return GridOutcome(values, failures)
+    seconds = sum(read_json(folder / name / "result.json")["seconds"] for name in values)
+    return GridOutcome(values, failures, seconds)
 
 
 def report_failures(outcome: GridOutcome, console: Console) -> None:
@@ -246,8 +252,8 @@ class _RayLauncher:
             "MUJOCO_GL": os.environ.get("MUJOCO_GL", ""),
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
-        local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cores, "include_dashboard": False}
-        ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level="ERROR", **local)
+        local: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cores, "include_dashboard": False}
+        ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level=logging.ERROR, **local)
         self._ray = ray
         self._cores = cores
         self._running: dict[Any, str] = {}

@@ -34,12 +34,16 @@ def from_json(config_class: type[C], values: Any) -> C:
     Raises:
         ValueError: if a field is missing from `values` or unknown to the class.
     """
-    hints = typing.get_type_hints(config_class)
-    names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    # A generic dataclass is given as `Training[BCConfig]`, and its fields of type `Config` are then of type `BCConfig`.
+    plain = typing.get_origin(config_class) or config_class
+    parameters = dict(zip(getattr(plain, "__parameters__", ()), typing.get_args(config_class), strict=False))
+    hints = {name: parameters.get(hint, hint) for name, hint in typing.get_type_hints(plain).items()}
+    names = {field.name for field in dataclasses.fields(plain)}  # type: ignore[arg-type]
     for name in sorted(names ^ set(values)):
         problem = "is missing" if name in names else "is unknown"
-        raise ValueError(f"{config_class.__name__}.{name} {problem}: this was written by another version of robopref")
-    return config_class(**{name: _convert(hints[name], value) for name, value in values.items()})
+        raise ValueError(f"{plain.__name__}.{name} {problem}: this was written by another version of robopref")
+    config: C = plain(**{name: _convert(hints[name], value) for name, value in values.items()})
+    return config
 
 
 def digest(value: Any) -> str:
@@ -56,8 +60,8 @@ def _convert(hint: Any, value: Any) -> Any:
     if origin is tuple:
         item = arguments[0] if arguments[-1] is Ellipsis else None
         return tuple(_convert(item or arguments[i], element) for i, element in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type[Any], hint), value)
+    if dataclasses.is_dataclass(origin or hint):
+        return from_json(hint, value)
     if hint is Path:
         return Path(value)
     return value

@@ -136,6 +136,7 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
         paragraphs=[part for part in report.summary.split("\n\n") if part.strip()],
         tallies=_tallies(report),
         claims=[_claim(claim) for claim in report.results["claims"]],
+        from_paper=any(claim["paper"] is not None for claim in report.results["claims"]),
         results=_result_blocks(report),
         comparisons=_comparison_blocks(report),
         single_seed=any(row["seeds"] == 1 for row in report.results["rows"]),
@@ -156,31 +157,42 @@ def print_table(results: Mapping[str, Any], console: Console, comparisons: Seque
     """Prints the results, the comparisons and the claims, each with its interval and what follows from it."""
     check_results(results)
     results = _plain_json(results)
-    table = Table(title="Results (95% intervals)", title_justify="left")
-    for heading in ("task", "method", "metric"):
+    console.print(_result_table(results["rows"]))
+    for comparison in comparisons:
+        view = _comparison_line(comparison, _Axis(0, 1, ()), PALETTE[0])
+        about = f"{comparison.metric} on {comparison.task}" if comparison.task else comparison.metric
+        note = f"; {view.note}" if view.note else ""
+        _print_verdict(
+            console,
+            comparison.result.verdict,
+            f"{comparison.ours} against {comparison.theirs}, {about}: {view.value}"
+            f" ({view.interval}; {', '.join(view.count)}){note}",
+        )
+    for claim in results["claims"]:
+        told = _claim(claim)
+        paper = "" if claim["paper"] is None else f" Paper: {told.paper}."
+        _print_verdict(console, claim["verdict"], f"{told.text}.{paper} Ours: {told.ours} ({told.interval}).")
+
+
+def _result_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows as a table; what is the same in all of them stands in its title."""
+    constant = {key: rows[0][key] for key in ("task", "metric") if rows and len({row[key] for row in rows}) == 1}
+    title = ", ".join((*map(str, constant.values()), "95% intervals"))
+    table = Table(title=Text(title), title_justify="left")
+    naming = [key for key in ("task", "method", "metric") if key not in constant]
+    for heading in naming:
         table.add_column(heading)
     for heading in ("mean", "interval", "episodes", "seeds"):
         table.add_column(heading, justify="right")
-    for row in results["rows"]:
+    for row in rows:
         share = _is_share(row["metric"], (row["mean"], row["low"], row["high"]))
         numbers = (_number(row["mean"], share), _range(row["low"], row["high"], share), row["n"], row["seeds"])
-        table.add_row(*(Text(str(cell)) for cell in (row["task"], row["method"], row["metric"], *numbers)))
-    console.print(table)
-    for comparison in comparisons:
-        line = Text("  ").append_text(_terminal_badge(comparison.result.verdict))
-        view = _comparison_line(comparison, _Axis(0, 1, ()), PALETTE[0])
-        line.append(f"  {comparison.ours} against {comparison.theirs}, {comparison.metric}")
-        line.append(f" on {comparison.task}" if comparison.task else "")
-        line.append(
-            f": {view.value} ({view.interval}; {', '.join(view.count)})" + (f"; {view.note}" if view.note else "")
-        )
-        console.print(line)
-    for claim in results["claims"]:
-        view_of_claim = _claim(claim)
-        line = Text("  ").append_text(_terminal_badge(claim["verdict"]))
-        line.append(f"  {view_of_claim.text} Paper: {view_of_claim.paper}. Ours: {view_of_claim.ours}")
-        line.append(f" ({view_of_claim.interval}).")
-        console.print(line)
+        table.add_row(*(Text(str(cell)) for cell in (*(row[key] for key in naming), *numbers)))
+    return table
+
+
+def _print_verdict(console: Console, verdict: str, text: str) -> None:
+    console.print(Text("  ").append_text(_terminal_badge(verdict)).append(f"  {text}"), soft_wrap=True)
 
 
 def check_results(results: Mapping[str, Any]) -> None:

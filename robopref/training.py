@@ -21,7 +21,7 @@ from robopref.agent import Agent, Dataset, update_many
 from robopref.checkpoints import read_checkpoint_metadata, restore_checkpoint, save_checkpoint
 from robopref.files import atomic_write
 from robopref.progress import ProgressCallback
-from robopref.types import Key
+from robopref.types import Key, Metrics
 
 A = TypeVar("A", bound=Agent)
 
@@ -46,7 +46,7 @@ def fit(
         dataset: where minibatches are drawn from.
         folder: where `metrics.csv` and `checkpoint_*.safetensors` go. If a checkpoint of this same run is there,
             training goes on from it. None keeps nothing.
-        log_every: updates between two rows of metrics (each the mean over those updates).
+        log_every: updates between two rows of metrics, each the mean over those updates, with a column per seed.
         checkpoint_every: updates between checkpoints, a multiple of `log_every`; None saves at the end alone.
         on_checkpoint: called with the agent and its step after each checkpoint, such as to evaluate it.
         progress: called with updates made and `num_updates`.
@@ -71,7 +71,7 @@ def fit(
         count = min(log_every - step % log_every, num_updates - step)
         agent, metrics = update_many(agent, dataset, key, num_updates=count, batch_size=batch_size)
         step += count
-        row = {"step": float(step)} | {name: float(np.mean(value)) for name, value in metrics.items()}
+        row = {"step": float(step)} | _named_scalars(metrics)
         _check_finite(row, folder)
         rows.append(row)
         if progress is not None:
@@ -109,6 +109,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _named_scalars(metrics: Metrics) -> dict[str, float]:
+    """One number per metric, or per metric and seed, such as `policy/loss/3`."""
+    scalars = {}
+    for name, value in metrics.items():
+        values = np.asarray(value)
+        if values.ndim == 0:
+            scalars[name] = float(values)
+        else:
+            scalars |= {f"{name}/{seed}": float(each) for seed, each in enumerate(values)}
+    return scalars
 
 
 def _step(agent: Agent) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rliable import library, metrics
 from scipy import stats
 
 from robopref.evaluation import (
@@ -211,8 +212,6 @@ def test_aggregate_interval_is_the_stratified_bootstrap_widened_for_few_seeds(na
 
 @pytest.mark.parametrize("name", ["mean", "iqm"])
 def test_aggregate_interval_agrees_with_rliable(name: str) -> None:
-    library = pytest.importorskip("rliable.library", reason='compares with rliable: pip install rliable "pandas<3"')
-    metrics = pytest.importorskip("rliable.metrics")
     runs = _rng(13).normal(size=(60, 5))
     aggregate = {"mean": metrics.aggregate_mean, "iqm": metrics.aggregate_iqm}[name]
 
@@ -229,7 +228,6 @@ def test_aggregate_interval_agrees_with_rliable(name: str) -> None:
 
 
 def test_probability_of_improvement_agrees_with_rliable() -> None:
-    metrics = pytest.importorskip("rliable.metrics", reason='compares with rliable: pip install rliable "pandas<3"')
     rng = _rng(16)
     ours, theirs = rng.integers(6, size=30).astype(float), rng.integers(5, size=20).astype(float)
 

@@ -432,13 +432,14 @@ def test_the_terminal_shows_the_same_numbers() -> None:
 
     text = console.file.getvalue()  # type: ignore[attr-defined]
     lines = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
-    assert "door-open cpl success 83.0% 77.0% to 87.5% 200 4" in lines
-    assert "door-open expert return 1,400 spread not known 50 1" in lines
+    assert lines[0] == "door-open, 95% intervals"
+    assert "cpl success 83.0% 77.0% to 87.5% 200 4" in lines
+    assert "expert return 1,400 spread not known 50 1" in lines
     assert (
         "✓ better cpl against p-iql, success on door-open: +23.0 points (+11.0 to +35.0; 200 pairs, 4 seeds)" in lines
     )
     assert any(line.startswith("? undecided cpl against p-iql, return: −3") and "1,240" in line for line in lines)
-    assert "✗ fails it is 1.6 times as fast Paper: 1.62. Ours: 1.2 (1.1 to 1.3)." in lines
+    assert "✗ fails it is 1.6 times as fast. Paper: 1.62. Ours: 1.2 (1.1 to 1.3)." in lines
 
 
 def test_the_terminal_takes_no_text_for_markup() -> None:

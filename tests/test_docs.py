@@ -1,0 +1,39 @@
+"""The documentation tells the truth: its Python runs, and its table is that of the published results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_snippets_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    for snippet in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        exec(compile(snippet, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_into_the_repository_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_table_of_the_readme_is_that_of_the_published_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    path, table = re.search(r"<!-- results: (\S+) -->\n(.*?)<!-- end of results -->", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    told = {cells[0]: cells[-1] for cells in ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:])}
+    rows = json.loads((ROOT / path).read_text(encoding="utf-8"))["rows"]
+    found = {
+        f"`{row['method']}`": f"{row['mean']:.0%} ({row['low']:.0%} to {row['high']:.0%}, n = {row['n']})" for row in rows
+    }
+    assert told == found
