@@ -365,6 +365,17 @@ def _first_seed(seed: int, purpose: int) -> int:
 
 
 def _check(args: Args) -> None:
+    for name in ("tasks", "methods", "seeds"):
+        values = getattr(args, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"--{name} must name at least one, and none twice.")
+    for name in ("episodes", "queries", "length", "evaluation_episodes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    if min(args.seed, *args.seeds) < 0:
+        raise ValueError("seeds must not be negative.")
+    if args.cores is not None and args.cores < 1:
+        raise ValueError(f"--cores must be at least 1, not {args.cores}.")
     for method in args.methods:
         if method not in METHODS:
             raise ValueError(f"there is no method {method!r}{envs.suggestion(method, METHODS)}")
@@ -372,8 +383,6 @@ def _check(args: Args) -> None:
         envs.make({"name": f"metaworld/{task}", "horizon": args.horizon}).close()
     if args.length > args.horizon:
         raise ValueError(f"segments of {args.length} steps do not fit into episodes of {args.horizon}.")
-    if not args.seeds or not args.tasks:
-        raise ValueError("at least one task and one seed are needed.")
     preset(args.teacher, threshold=0.0)
 
 

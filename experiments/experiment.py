@@ -27,7 +27,7 @@ import tyro
 import envs
 from agents.bc import BCAgent, BCConfig
 from agents.cpl import CPLAgent, CPLConfig
-from experiments.grid import JobContext
+from experiments.grid import JobContext, finished_values
 from robopref.agent import AgentPolicy
 from robopref.checkpoints import restore_checkpoint
 from robopref.configs import from_json, to_json
@@ -206,6 +206,8 @@ def save_run(folder: Path, module: str, args: Any) -> None:
     run = {"module": module, "args": to_json(args)}
     if path.exists() and read_json(path)["module"] != module:
         raise ValueError(f"{folder} holds a run of {read_json(path)['module']}; choose another --folder.")
+    if not path.exists() and folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; choose another --folder.")
     write_json(path, run)
 
 
@@ -227,12 +229,11 @@ def rebuild_report(run_folder: Path) -> Path:
     run = read_json(run_folder / "run.json")
     module = importlib.import_module(run["module"])
     args = from_json(module.Args, run["args"])
-    values = {}
-    for job in module.jobs(args):
-        path = run_folder / job.name / "result.json"
-        if not path.exists():
+    jobs = module.jobs(args)
+    values = finished_values(jobs, run_folder)
+    for job in jobs:
+        if job.name not in values:
             raise FileNotFoundError(f"{run_folder} is not finished: {job.name} has no result; run its command again.")
-        values[job.name] = read_json(path)["value"]
     results = read_json(run_folder / "report" / "results.json")
     return finish_run(run_folder, module.report(args, values, results["manifest"], run_folder), publish=None)
 
@@ -305,8 +306,11 @@ def _module_and_arguments() -> list[str]:
 def _device() -> str:
     # In a process of its own: asking JAX starts its back end, which the parent of job processes has no use for.
     code = "import jax, json; print(json.dumps([str(d.device_kind) for d in jax.devices()]))"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    kinds = json.loads(answer.stdout.splitlines()[-1]) if answer.returncode == 0 else ["unknown"]
+    try:
+        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        kinds = json.loads(answer.stdout.splitlines()[-1])
+    except subprocess.SubprocessError:
+        kinds = ["unknown"]
     return f"{', '.join(kinds)}; {os.cpu_count()} cores, {platform.machine()}"
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from robopref.configs import digest, to_json
 from robopref.files import read_json, write_json
+from robopref.processes import end_with_parent
 from robopref.progress import ProgressCallback, progress_columns
 
 LauncherName = Literal["local", "ray"]
@@ -99,10 +100,13 @@ def run_grid(
         cores: how many to use; all that this process may run on, by default.
     """
     console = console or Console(stderr=True)
-    cores = cores or len(os.sched_getaffinity(0))
+    here = len(os.sched_getaffinity(0))
+    cores = cores or here
+    if launcher == "local":
+        cores = min(cores, here)
     folder.mkdir(parents=True, exist_ok=True)
     prints = _fingerprints(jobs)
-    values = {job.name: value for job in jobs if (value := _done(job, folder, prints[job.name])) is not None}
+    values = finished_values(jobs, folder)
     if values:
         console.print(f"{len(values)} of {len(jobs)} jobs were done before; the others follow")
     failures: dict[str, str] = {}
@@ -120,7 +124,8 @@ def run_grid(
                     if busy + min(job.cores, cores) <= cores:
                         running[job.name] = waiting.pop(job.name)
                         _prepare(folder / job.name, prints[job.name])
-                        pool.start(job, _Task(job, folder, values, prints[job.name]))
+                        known = {need: values[need] for need in job.needs}
+                        pool.start(job, _Task(job, folder, known, prints[job.name]))
                         display.start(job.name)
             for name, error in pool.finished(0.2):
                 job = running.pop(name)
@@ -132,6 +137,12 @@ def run_grid(
             display.refresh()
     seconds = sum(read_json(folder / name / "result.json")["seconds"] for name in values)
     return GridOutcome(values, failures, seconds)
+
+
+def finished_values(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
+    """The values of those jobs that are done in a run folder, with just these arguments."""
+    prints = _fingerprints(jobs)
+    return {job.name: value for job in jobs if (value := _done(job, folder, prints[job.name])) is not None}
 
 
 def report_failures(outcome: GridOutcome, console: Console) -> None:
@@ -156,7 +167,7 @@ class _Task:
         folder = self.run_folder / self.job.name
         context = JobContext(
             folder=folder,
-            values={need: self.values[need] for need in self.job.needs},
+            values=self.values,
             folders={need: self.run_folder / need for need in self.job.needs},
             progress=_ProgressFile(folder / "progress.json"),
         )
@@ -210,7 +221,9 @@ class _LocalLauncher:
         count = min(job.cores, len(self._free))
         taken, self._free = self._free[:count], self._free[count:]
         if taken[0] not in self._executors:
-            self._executors[taken[0]] = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            self._executors[taken[0]] = ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+            )
         self._running[self._executors[taken[0]].submit(_run_pinned, task, taken)] = (job.name, taken)
 
     def finished(self, timeout: float) -> list[tuple[str, str | None]]:
@@ -286,11 +299,13 @@ class _RayLauncher:
 def _launcher(name: LauncherName, cores: int) -> Iterator[_Launcher]:
     before = {key: os.environ.get(key) for key in JOB_ENVIRONMENT}
     os.environ.update(JOB_ENVIRONMENT)
-    launcher: _Launcher = _RayLauncher(cores) if name == "ray" else _LocalLauncher(cores)
     try:
-        yield launcher
+        launcher: _Launcher = _RayLauncher(cores) if name == "ray" else _LocalLauncher(cores)
+        try:
+            yield launcher
+        finally:
+            launcher.close()
     finally:
-        launcher.close()
         for key, value in before.items():
             if value is None:
                 del os.environ[key]
@@ -349,6 +364,9 @@ def _fingerprints(jobs: Sequence[Job]) -> dict[str, str]:
         if job.name in prints:
             raise ValueError(f"two jobs are called {job.name}")
         function = f"{job.function.__module__}.{job.function.__qualname__}"
+        for need in job.needs:
+            if need not in prints:
+                raise ValueError(f"{job.name} needs {need}, which is not among the jobs before it")
         needs = {need: prints[need] for need in job.needs}
         prints[job.name] = digest({"function": function, "arguments": dict(job.arguments), "needs": needs})
     return prints

@@ -28,6 +28,7 @@ from robopref.preferences import (
     sample_preference,
     sample_ranking,
 )
+from robopref.processes import end_with_parent
 from robopref.progress import ProgressCallback
 from robopref.queries import Labels, Queries
 from robopref.types import Key, Policy, Simulator
@@ -393,6 +394,7 @@ _worker: _Rollouts | None = None
 
 def _start_worker(expert: _Expert) -> None:
     global _worker
+    end_with_parent()
     _worker = _Rollouts(expert)
 
 

@@ -15,17 +15,7 @@ C = TypeVar("C")
 
 def to_json(value: Any) -> Any:
     """Plain JSON values for dataclasses, tuples, mappings, paths and scalars, nested as they come."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_json(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{value!r} has no JSON form; configurations hold numbers, strings, paths, tuples and dataclasses")
+    return _plain(value, with_classes=False)
 
 
 def from_json(config_class: type[C], values: Any) -> C:
@@ -47,8 +37,24 @@ def from_json(config_class: type[C], values: Any) -> C:
 
 
 def digest(value: Any) -> str:
-    """A short hash of a configuration's content, the same in every process."""
-    return hashlib.sha256(json.dumps(to_json(value), sort_keys=True).encode()).hexdigest()[:16]
+    """A short hash of a configuration's content and classes, the same in every process."""
+    return hashlib.sha256(json.dumps(_plain(value, with_classes=True), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any, *, with_classes: bool) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        named = {"class": type(value).__qualname__} if with_classes else {}
+        return named | {name: _plain(item, with_classes=with_classes) for name, item in fields.items()}
+    if isinstance(value, dict):
+        return {str(key): _plain(item, with_classes=with_classes) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item, with_classes=with_classes) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r} has no JSON form; configurations hold numbers, strings, paths, tuples and dataclasses")
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -56,7 +62,8 @@ def _convert(hint: Any, value: Any) -> Any:
     if value is None:
         return None
     if origin in (typing.Union, types.UnionType):
-        return _convert(next(option for option in arguments if option is not type(None)), value)
+        options = [option for option in arguments if option is not type(None)]
+        return _convert(next((option for option in options if _fits(option, value)), options[0]), value)
     if origin is tuple:
         item = arguments[0] if arguments[-1] is Ellipsis else None
         return tuple(_convert(item or arguments[i], element) for i, element in enumerate(value))
@@ -65,3 +72,15 @@ def _convert(hint: Any, value: Any) -> Any:
     if hint is Path:
         return Path(value)
     return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON value can have come from this type; what tells the types of a union apart."""
+    plain = typing.get_origin(hint) or hint
+    if dataclasses.is_dataclass(plain):
+        return isinstance(value, dict) and value.keys() == {field.name for field in dataclasses.fields(plain)}
+    if plain is tuple:
+        return isinstance(value, list)
+    if plain is Path:
+        return isinstance(value, str)
+    return type(value) is plain

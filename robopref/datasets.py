@@ -35,6 +35,11 @@ class TransitionDataset(struct.PyTreeNode):
         chosen = range(len(dataset)) if episodes is None else episodes
         if len(chosen) == 0:
             raise ValueError(f"no episodes of {dataset.path} were chosen to train on; choose at least one")
+        for episode in chosen:
+            if not 0 <= episode < len(dataset):
+                raise ValueError(
+                    f"there is no episode {episode} to train on; {dataset.path} has {len(dataset)} episodes."
+                )
         check_actions(dataset)
         rows = np.concatenate([dataset.offsets[i] + np.arange(dataset.lengths[i]) for i in chosen])
         terminated = np.zeros(len(dataset.rewards), bool)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import gymnasium
 import numpy as np
 
+from robopref.processes import end_with_parent
 from robopref.progress import ProgressCallback
 from robopref.types import Episode, Policy
 
@@ -97,13 +98,14 @@ class RolloutWorkers:
 
         if self._processes == 0:
             if self._local is None:
-                self._local = _Lanes(self._make_env, min(self._lanes, max(len(seeds), 1)))
+                self._local = _Lanes(self._make_env, self._lanes)
             for index, chunk in enumerate(chunks):
                 finish(index, self._local.run(policy, chunk, **options))
         else:
             pool = self._open_pool()
-            futures = {pool.submit(_run_in_worker, policy, chunk, options): i for i, chunk in enumerate(chunks)}
             try:
+                # A pool whose process died between two runs says so only now.
+                futures = {pool.submit(_run_in_worker, policy, chunk, options): i for i, chunk in enumerate(chunks)}
                 for future in as_completed(futures):
                     finish(futures[future], future.result())
             except BrokenProcessPool as error:
@@ -131,7 +133,8 @@ class _Lanes:
 
     def __init__(self, make_env: MakeEnv, count: int) -> None:
         self._make_env = make_env
-        self._envs = [make_env() for _ in range(count)]
+        self._count = count
+        self._envs: list[gymnasium.Env[Any, Any]] = []
 
     def close(self) -> None:
         for env in self._envs:
@@ -145,7 +148,7 @@ class _Lanes:
         ]
         # Unused lanes repeat the last one, so that the policy always sees one batch size: one compilation, and an
         # episode's actions that do not depend on how many others run beside it.
-        padding = len(self._envs) - len(seeds)
+        padding = self._count - len(seeds)
         carry = policy.start(np.asarray([*seeds, *[seeds[-1]] * padding]))
         while any(recorder.running for recorder in recorders):
             observations = np.stack([recorder.observation for recorder in recorders])
@@ -192,7 +195,8 @@ class _Recorder:
         if self._keep_states:
             self._states.append(self._env.unwrapped.get_state())  # type: ignore[attr-defined]
         self._terminated = bool(terminated)
-        self._truncated = bool(truncated) or (stop_on_success and bool(info.get("success", False)))
+        cut = stop_on_success and bool(info.get("success", False)) and not self._terminated
+        self._truncated = bool(truncated) or cut
 
     def episode(self, origin: Any) -> Episode:
         # An environment need not report on reset what it reports on steps; a quantity counts as zero there.
@@ -220,6 +224,7 @@ _worker: _Lanes | None = None
 
 def _start_worker(make_env: MakeEnv, lanes: int) -> None:
     global _worker
+    end_with_parent()
     _worker = _Lanes(make_env, lanes)
 
 

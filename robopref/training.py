@@ -48,14 +48,15 @@ def fit(
             training goes on from it. None keeps nothing.
         log_every: updates between two rows of metrics, each the mean over those updates, with a column per seed.
         checkpoint_every: updates between checkpoints, a multiple of `log_every`; None saves at the end alone.
-        on_checkpoint: called with the agent and its step after each checkpoint, such as to evaluate it.
+        on_checkpoint: called with the agent and its step after each checkpoint; not made up for if the run is killed
+            between the two.
         progress: called with updates made and `num_updates`.
 
     Raises:
         ValueError: for counts that do not fit together, a run folder that belongs to another run, or a loss that is
             not finite (with the step up to which the run was good).
     """
-    checkpoint_every = checkpoint_every or num_updates
+    checkpoint_every = num_updates if checkpoint_every is None else checkpoint_every
     _check_counts(
         num_updates=num_updates, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every
     )
@@ -65,6 +66,8 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
         agent = _resume(agent, folder, run)
     step = _step(agent)
+    if step > num_updates:
+        raise ValueError(f"{folder or 'the agent'} has made {step} updates, more than the {num_updates} asked for")
     if folder is not None:
         rows = [row for row in read_metrics(folder / "metrics.csv") if row["step"] <= step]
     while step < num_updates:
@@ -128,6 +131,8 @@ def _step(agent: Agent) -> int:
 
 
 def _resume(agent: A, folder: Path, run: str) -> A:
+    for unfinished in folder.glob(".checkpoint_*"):
+        unfinished.unlink()
     saved = checkpoints(folder)
     if not saved:
         return agent

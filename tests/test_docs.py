@@ -31,9 +31,13 @@ def test_links_into_the_repository_lead_somewhere(page: Path) -> None:
 def test_the_table_of_the_readme_is_that_of_the_published_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     path, table = re.search(r"<!-- results: (\S+) -->\n(.*?)<!-- end of results -->", text, re.DOTALL).groups()  # type: ignore[union-attr]
-    told = {cells[0]: cells[-1] for cells in ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:])}
+    told = {
+        cells[0]: cells[-1]
+        for cells in ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:])
+    }
     rows = json.loads((ROOT / path).read_text(encoding="utf-8"))["rows"]
     found = {
-        f"`{row['method']}`": f"{row['mean']:.0%} ({row['low']:.0%} to {row['high']:.0%}, n = {row['n']})" for row in rows
+        f"`{row['method']}`": f"{row['mean']:.0%} ({row['low']:.0%} to {row['high']:.0%}, n = {row['n']})"
+        for row in rows
     }
     assert told == found
