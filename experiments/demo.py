@@ -73,13 +73,13 @@ SFT = Training(
     BCConfig(learning_rate=1e-3, pretrain_updates=800, decay_updates=2400),
     "preferences",
     updates=2400,
-    batch_size=16,
+    batch_size=32,
 )
 CPL = Training(
     CPLConfig(learning_rate=5e-4, pretrain_learning_rate=1e-3, pretrain_updates=800, decay_updates=2400),
     "preferences",
     updates=2400,
-    batch_size=16,
+    batch_size=32,
 )
 
 
