@@ -36,10 +36,6 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 EXTRAS = {
     "ray": "sweeps over many machines; pip install -r requirements-ray.txt",
-    "robosuite": "its manipulation tasks; pip install robosuite==1.5.1",
-    "robomimic": "cross-checks of its files, which robopref reads without it; pip install robomimic",
-    "wandb": "metrics sent to Weights & Biases; pip install wandb",
-    "tensorboard": "metrics shown by TensorBoard; pip install tensorboard",
 }
 """Optional packages: what each is for, and how to get it."""
 

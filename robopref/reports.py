@@ -496,11 +496,11 @@ def _fact(value: object, share: bool = False) -> str:
 
 def _manifest(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Name, text and kind (`code`, `details` or `text`) of every entry, the command first."""
-    names = {"wall_seconds": "wall time"}
+    durations = {"wall_seconds": "wall time", "job_seconds": "time of all jobs"}
     entries = []
     for key in sorted(manifest, key=lambda key: key != "command"):
         value = manifest[key]
-        if key == "wall_seconds" and isinstance(value, int | float):
+        if key in durations and isinstance(value, int | float):
             text, kind = _duration(value), "text"
         elif isinstance(value, Mapping):
             text, kind = json.dumps(value, indent=2, ensure_ascii=False), "details"
@@ -508,7 +508,7 @@ def _manifest(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             text, kind = (" " if key == "command" else ", ").join(map(str, value)), "text"
         else:
             text, kind = str(value), "text"
-        entries.append((names.get(key, key), text, "code" if key in ("command", "commit") else kind))
+        entries.append((durations.get(key, key), text, "code" if key in ("command", "commit") else kind))
     return entries
 
 
