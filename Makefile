@@ -14,7 +14,7 @@ BASE := $(VENV)/.base-installed
 TEST := $(VENV)/.test-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --constraint constraints.txt
 LOCK_HEADER := \# Every package that the requirement files bring in, pinned; written by \`make lock\`, for Python 3.11 to 3.13.
-CODE := robopref envs agents labelers experiments tests
+CODE := robopref envs agents labelers experiments benchmarks tests
 
 # Shows one line per package on a log, and one line that changes on a terminal.
 define install

@@ -92,22 +92,25 @@ def collect(
     context: JobContext, *, env: Mapping[str, Any], policy: Policy, episodes: int, first_seed: int
 ) -> dict[str, Any]:
     """Job: rolls a policy out and stores the episodes, with simulator states, under `episodes/`."""
-    make_env = functools.partial(envs.make, env)
-    cores = len(os.sched_getaffinity(0))
-    with RolloutWorkers(make_env, processes=cores if cores > 1 else 0, lanes=1) as workers:
-        collected = workers.run(
-            policy, range(first_seed, first_seed + episodes), keep_states=True, progress=context.progress
+    path = context.folder / "episodes"
+    # A store appears whole or not at all: one that is there was written just before this job was killed.
+    if not path.exists():
+        make_env = functools.partial(envs.make, env)
+        cores = len(os.sched_getaffinity(0))
+        with RolloutWorkers(make_env, processes=cores if cores > 1 else 0, lanes=1) as workers:
+            collected = workers.run(
+                policy, range(first_seed, first_seed + episodes), keep_states=True, progress=context.progress
+            )
+        sample = make_env()
+        write_episodes(
+            path,
+            collected,
+            observation_space=sample.observation_space,
+            action_space=sample.action_space,
+            env=dict(env),
+            description=f"{episodes} episodes of behaviours of mixed quality",
         )
-    sample = make_env()
-    write_episodes(
-        context.folder / "episodes",
-        collected,
-        observation_space=sample.observation_space,
-        action_space=sample.action_space,
-        env=dict(env),
-        description=f"{episodes} episodes of behaviours of mixed quality",
-    )
-    dataset = load_episodes(context.folder / "episodes")
+    dataset = load_episodes(path)
     behaviours: dict[str, list[bool]] = {}
     for origin, success in zip(dataset.origins, dataset.successes, strict=True):
         behaviours.setdefault(str(origin["behaviour"]), []).append(bool(success))
@@ -152,7 +155,7 @@ def train(
         num_updates=training.updates,
         batch_size=training.batch_size,
         folder=context.folder,
-        log_every=interval,
+        log_every=interval // 10 if interval % 10 == 0 else interval,
         checkpoint_every=interval,
         progress=context.progress,
     )

@@ -16,9 +16,11 @@ import pytest
 
 from agents.bc import BCConfig
 from agents.cpl import CPLConfig
+from envs.behaviours import Random
 from experiments.experiment import (
     AGENTS,
     Training,
+    collect,
     load_agent,
     manifest,
     parse_args,
@@ -26,6 +28,7 @@ from experiments.experiment import (
     save_run,
     shuffle_labels,
 )
+from experiments.grid import JobContext
 from robopref.queries import Labels
 from robopref.training import fit
 from robopref.types import Preferences, Segments
@@ -256,3 +259,16 @@ def test_a_trained_agent_is_loaded_from_its_last_checkpoint(name: str, tmp_path:
 def test_a_folder_without_checkpoints_holds_no_agent(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         load_agent(tmp_path, TRAININGS["bc"], observation_dim=6, action_dim=2)
+
+
+def test_collecting_again_keeps_a_store_that_was_finished_just_before_a_crash(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    context = JobContext(tmp_path, values={}, folders={}, progress=lambda done, total: told.append((done, total)))
+    env = {"name": "metaworld/door-open-v3", "horizon": 10}
+    arguments = {"env": env, "policy": Random(), "episodes": 2, "first_seed": 5}
+
+    first = collect(context, **arguments)
+    again = collect(context, **arguments)
+
+    assert again == first
+    assert told == [(1, 2), (2, 2)]  # nothing was rolled out the second time
