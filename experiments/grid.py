@@ -97,13 +97,9 @@ def run_grid(
         folder: the run folder; it is made if it is not there.
         launcher: processes on this machine, one per core, or tasks on a Ray cluster (the one at RAY_ADDRESS, or a local
             one) that sees this folder under the same path.
-        cores: how many to use; all that this process may run on, by default.
+        cores: how many to use; all that this process may run on, or that the cluster has, by default.
     """
     console = console or Console(stderr=True)
-    here = len(os.sched_getaffinity(0))
-    cores = cores or here
-    if launcher == "local":
-        cores = min(cores, here)
     folder.mkdir(parents=True, exist_ok=True)
     prints = _fingerprints(jobs)
     values = finished_values(jobs, folder)
@@ -120,8 +116,8 @@ def run_grid(
                     failures[job.name] = f"needs {lost}, which failed"
                     del waiting[job.name]
                 elif all(need in values for need in job.needs):
-                    busy = sum(min(other.cores, cores) for other in running.values())
-                    if busy + min(job.cores, cores) <= cores:
+                    busy = sum(min(other.cores, pool.cores) for other in running.values())
+                    if busy + min(job.cores, pool.cores) <= pool.cores:
                         running[job.name] = waiting.pop(job.name)
                         _prepare(folder / job.name, prints[job.name])
                         known = {need: values[need] for need in job.needs}
@@ -198,6 +194,8 @@ class _ProgressFile:
 
 
 class _Launcher(Protocol):
+    cores: int
+
     def start(self, job: Job, task: _Task) -> None: ...
     def finished(self, timeout: float) -> list[tuple[str, str | None]]:
         """Jobs that have ended since the last call, each with what went wrong, if anything did."""
@@ -212,19 +210,22 @@ class _LocalLauncher:
     A worker is an executor of its own: if its process is killed, only the job in it is lost.
     """
 
-    def __init__(self, cores: int) -> None:
+    def __init__(self, cores: int | None) -> None:
         self._free = sorted(os.sched_getaffinity(0))[:cores]
+        self.cores = len(self._free)
         self._executors: dict[int, ProcessPoolExecutor] = {}
         self._running: dict[Future[None], tuple[str, list[int]]] = {}
 
     def start(self, job: Job, task: _Task) -> None:
         count = min(job.cores, len(self._free))
         taken, self._free = self._free[:count], self._free[count:]
-        if taken[0] not in self._executors:
-            self._executors[taken[0]] = ProcessPoolExecutor(
-                1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
-            )
-        self._running[self._executors[taken[0]].submit(_run_pinned, task, taken)] = (job.name, taken)
+        try:
+            future = self._worker(taken[0]).submit(_run_pinned, task, taken)
+        except BrokenProcessPool:
+            # Its process was killed while it had nothing to do: a new one takes its place.
+            self._executors.pop(taken[0]).shutdown()
+            future = self._worker(taken[0]).submit(_run_pinned, task, taken)
+        self._running[future] = (job.name, taken)
 
     def finished(self, timeout: float) -> list[tuple[str, str | None]]:
         ended = wait(self._running, timeout, FIRST_COMPLETED).done
@@ -240,6 +241,13 @@ class _LocalLauncher:
                 outcomes.append((name, None if error is None else _sentence(error)))
         return outcomes
 
+    def _worker(self, core: int) -> ProcessPoolExecutor:
+        if core not in self._executors:
+            self._executors[core] = ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+            )
+        return self._executors[core]
+
     def close(self) -> None:
         for executor in self._executors.values():
             # Jobs still running were interrupted by the user; they are resumable, so they need not be waited for.
@@ -251,7 +259,7 @@ class _LocalLauncher:
 class _RayLauncher:
     """The same jobs as tasks of a Ray cluster."""
 
-    def __init__(self, cores: int) -> None:
+    def __init__(self, cores: int | None) -> None:
         try:
             import ray
         except ImportError as error:
@@ -265,14 +273,16 @@ class _RayLauncher:
             "MUJOCO_GL": os.environ.get("MUJOCO_GL", ""),
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
-        local: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": cores, "include_dashboard": False}
+        local: dict[str, Any] = {}
+        if "RAY_ADDRESS" not in os.environ:
+            local = {"num_cpus": cores or len(os.sched_getaffinity(0)), "include_dashboard": False}
         ray.init(runtime_env={"env_vars": variables}, log_to_driver=False, logging_level=logging.ERROR, **local)
         self._ray = ray
-        self._cores = cores
+        self.cores = cores or int(ray.cluster_resources()["CPU"])
         self._running: dict[Any, str] = {}
 
     def start(self, job: Job, task: _Task) -> None:
-        remote = self._ray.remote(num_cpus=min(job.cores, self._cores), max_retries=0)(_run)
+        remote = self._ray.remote(num_cpus=min(job.cores, self.cores), max_retries=0)(_run)
         self._running[remote.remote(task)] = job.name
 
     def finished(self, timeout: float) -> list[tuple[str, str | None]]:
@@ -296,7 +306,7 @@ class _RayLauncher:
 
 
 @contextlib.contextmanager
-def _launcher(name: LauncherName, cores: int) -> Iterator[_Launcher]:
+def _launcher(name: LauncherName, cores: int | None) -> Iterator[_Launcher]:
     before = {key: os.environ.get(key) for key in JOB_ENVIRONMENT}
     os.environ.update(JOB_ENVIRONMENT)
     try:
