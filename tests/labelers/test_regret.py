@@ -14,10 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+import envs
+from envs.behaviours import Expert, Offset
 from labelers import regret
 from labelers.regret import RegretTeacher, SimulatedRegretTeacher
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
 from robopref.queries import Labeler, Queries
+from robopref.rollouts import RolloutWorkers
 from robopref.types import Episode
 
 GOAL = 5
@@ -410,3 +413,33 @@ def test_labels_say_who_gave_them(absorbing: EpisodeDataset):
         assert labels.labeler == teacher.name
         assert labels.parameters == teacher.parameters
         assert expected.items() <= labels.parameters.items()
+
+
+def test_in_meta_world_an_expert_regrets_nothing_and_an_error_costs(tmp_path: Path) -> None:
+    task, horizon = "door-open-v3", 60
+    expert = Expert(task)
+    with RolloutWorkers(functools.partial(envs.make, {"name": f"metaworld/{task}", "horizon": horizon})) as workers:
+        episodes = [workers.run(policy, [3], keep_states=True)[0] for policy in (expert, Offset(task))]
+    env = envs.make({"name": f"metaworld/{task}", "horizon": horizon})
+    write_episodes(
+        tmp_path / "episodes",
+        episodes,
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        env=env.config,
+    )
+    # Segments 10 to 40 of the expert's episode and of the other one.
+    queries = Queries(load_episodes(tmp_path / "episodes"), np.array([[0, 1]]), np.array([[10, 10]]), length=30)
+    teacher = SimulatedRegretTeacher(
+        functools.partial(envs.make, {"name": f"metaworld/{task}", "horizon": 1000}),
+        expert,
+        expert_horizon=60,
+        discount=1.0,
+    )
+
+    ((by_expert, beside),) = teacher.segment_regrets(queries, jax.random.key(0))
+
+    # The simulator is exact and the expert has no randomness: what it does from the first state is the segment itself.
+    assert by_expert == pytest.approx(0.0, abs=1e-9)
+    assert beside > 1.0
+    assert teacher.label(queries, jax.random.key(0)).values == [0.0]
