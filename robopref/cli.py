@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from robopref.checks import Check
     from robopref.episodes import EpisodeDataset
     from robopref.evaluation import Interval
 
@@ -138,8 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 def _doctor(options: argparse.Namespace) -> int:
     from robopref import doctor
 
-    checks = doctor.run_checks(doctor.installation_checks())
-    return _show(checks, as_json=options.json)
+    return _show(doctor.run_checks(doctor.installation_checks()), as_json=options.json)
 
 
 def _data_info(options: argparse.Namespace) -> int:
@@ -153,9 +153,9 @@ def _data_info(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from robopref import doctor
+    from robopref.dataset_checks import dataset_checks
 
-    return _show(doctor.dataset_checks(_load(options.path), options.length), as_json=options.json)
+    return _show(dataset_checks(_load(options.path), options.length), as_json=options.json)
 
 
 def _data_collect(options: argparse.Namespace) -> int:
@@ -260,16 +260,14 @@ def _waiting(what: str) -> AbstractContextManager[object]:
     return Console(stderr=True).status(f"{what} …")
 
 
-def _show(checks: Iterable[Any], *, as_json: bool) -> int:
-    from robopref import doctor
+def _show(found: Iterable[Check], *, as_json: bool) -> int:
+    from robopref.checks import checks_as_json, show_checks
 
-    found = list(checks) if as_json else checks
-    if as_json:
-        print(doctor.checks_as_json(found))
-        good = not any(check.fatal for check in found)
-    else:
-        good = doctor.show_checks(found, sys.stdout)
-    return 0 if good else STATUS_BAD
+    if not as_json:
+        return 0 if show_checks(found, sys.stdout) else STATUS_BAD
+    checks = list(found)
+    print(checks_as_json(checks))
+    return STATUS_BAD if any(check.fatal for check in checks) else 0
 
 
 def _facts(dataset: EpisodeDataset) -> Any:

@@ -1,7 +1,7 @@
-"""What the doctor looks at: whether this installation works, and whether a dataset is fit for training.
+"""What the doctor looks at: whether this installation works.
 
-Each check is a small function. Those of the installation run everything that may crash or hang (a broken GPU driver, a
-simulator) in a process of its own with a time limit. Only the standard library is imported with this module.
+Each check is a small function. Whatever may crash or hang (a broken GPU driver, a simulator) runs in a process of its
+own with a time limit. Only the standard library is imported with this module.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from robopref.episodes import EpisodeDataset
+from robopref.checks import Check
 
 OLDEST_PYTHON = (3, 11)
 FIRST_PYTHON_TOO_NEW = (3, 14)
@@ -59,30 +55,6 @@ _ENCODER_PROBE = """
 import json, av
 print(json.dumps({"version": av.__version__, "h264": "libx264" in av.codecs_available}))
 """
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one check found.
-
-    Attributes:
-        name: what was looked at.
-        ok: nothing is wrong or missing.
-        message: one sentence about what was found.
-        remedy: what to do about it; empty where nothing need be done.
-        required: a failure makes the whole fail; otherwise it is only worth knowing.
-    """
-
-    name: str
-    ok: bool
-    message: str
-    remedy: str = ""
-    required: bool = True
-
-    @property
-    def fatal(self) -> bool:
-        """Whether the whole fails because of this."""
-        return self.required and not self.ok
 
 
 class ProbeError(Exception):
@@ -272,211 +244,6 @@ def check_extra(name: str) -> Check:
     return Check(name, True, f"{name} {version}, for {purpose}.", required=False)
 
 
-def dataset_checks(dataset: EpisodeDataset, length: int) -> list[Check]:
-    """What in a dataset would spoil training on segments of `length` steps."""
-    if length < 1:
-        raise ValueError(f"a segment has at least 1 step, not {length}.")
-    finite = check_finite(dataset)
-    if not finite.ok:
-        return [finite, check_ends(dataset), check_lengths(dataset, length)]
-    return [
-        finite,
-        check_action_bounds(dataset),
-        check_saturation(dataset),
-        check_constant_dimensions(dataset),
-        check_normalisation(dataset),
-        check_ends(dataset),
-        check_lengths(dataset, length),
-        check_rewards(dataset),
-    ]
-
-
-def check_finite(dataset: EpisodeDataset) -> Check:
-    """Whether every number is finite."""
-    import numpy as np
-
-    for name in ("observations", "actions", "rewards"):
-        array = getattr(dataset, name)
-        wrong = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
-        if wrong.any():
-            return Check(
-                "finite numbers",
-                ok=False,
-                message=f"{wrong.sum()} rows of {name} hold NaN or infinity, the first in {_place(dataset, wrong)}.",
-                remedy="Leave these episodes out, or collect them again.",
-            )
-    return Check("finite numbers", True, "No NaN and no infinity.")
-
-
-def check_action_bounds(dataset: EpisodeDataset) -> Check:
-    """Whether all actions lie inside the action space."""
-    import numpy as np
-
-    space = dataset.action_space
-    outside = _acted(dataset) & ((dataset.actions < space.low) | (dataset.actions > space.high)).any(axis=1)
-    if outside.any():
-        excess = np.maximum(space.low - dataset.actions, dataset.actions - space.high)[outside].max()
-        return Check(
-            "action bounds",
-            ok=False,
-            message=f"{_share(outside, dataset.total_steps)} lie outside the action space, by up to {excess:.3g},"
-            f" the first in {_place(dataset, outside)}.",
-            remedy="Store actions as the robot executes them: clipped, and in the units of the action space.",
-        )
-    return Check("action bounds", True, "All actions lie inside the action space.")
-
-
-def check_saturation(dataset: EpisodeDataset) -> Check:
-    """How many actions lie exactly on a bound, where a squashed policy has no finite log-probability."""
-    space = dataset.action_space
-    at_bound = _acted(dataset) & ((dataset.actions == space.low) | (dataset.actions == space.high)).any(axis=1)
-    if at_bound.sum() > 0.2 * dataset.total_steps:
-        return Check(
-            "saturation",
-            ok=False,
-            message=f"{_share(at_bound, dataset.total_steps)} have a component exactly on a bound.",
-            remedy="A policy squashed by tanh cannot reach a bound: clip actions a little inside, or do not squash.",
-            required=False,
-        )
-    return Check("saturation", True, f"{_share(at_bound, dataset.total_steps)} lie on a bound.", required=False)
-
-
-def check_constant_dimensions(dataset: EpisodeDataset) -> Check:
-    """Which observation dimensions never change."""
-    import numpy as np
-
-    constant = np.flatnonzero(np.ptp(dataset.observations, axis=0) == 0)
-    total = dataset.observations.shape[1]
-    if constant.size == total:
-        return Check("constant dimensions", False, "Every observation is the same.", "Record the observations again.")
-    if constant.size:
-        return Check(
-            "constant dimensions",
-            ok=False,
-            message=f"{constant.size} of {total} observation dimensions never change: {_listed(constant)}.",
-            remedy="Harmless if the task has them so; otherwise a sensor was not recorded.",
-            required=False,
-        )
-    return Check("constant dimensions", True, f"All {total} observation dimensions vary.", required=False)
-
-
-def check_normalisation(dataset: EpisodeDataset) -> Check:
-    """Whether subtracting the mean and dividing by the deviation gives useful numbers in float32."""
-    import numpy as np
-
-    observations = dataset.observations.astype(np.float64)
-    mean, deviation = observations.mean(axis=0), observations.std(axis=0)
-    varies = np.ptp(dataset.observations, axis=0) > 0
-    # float32 resolves about 1e-7 of a number; below ten times that, what is left after the mean is rounding.
-    lost = varies & (deviation < 1e-6 * np.abs(mean))
-    if lost.any():
-        return Check(
-            "normalisation",
-            ok=False,
-            message=f"Observation dimensions {_listed(np.flatnonzero(lost))} vary less than float32 can resolve.",
-            remedy="Subtract the offset before storing them, or leave them out.",
-        )
-    largest = np.abs(observations - mean).max(axis=0) / np.where(varies, deviation, np.inf)
-    far = largest > 50
-    if far.any():
-        return Check(
-            "normalisation",
-            ok=False,
-            message=f"Observation dimensions {_listed(np.flatnonzero(far))} reach {largest.max():.0f} deviations.",
-            remedy="Look for faulty readings, or clip these dimensions: after normalising they dwarf all others.",
-            required=False,
-        )
-    return Check("normalisation", True, f"No observation is further than {largest.max():.0f} deviations from the mean.")
-
-
-def check_ends(dataset: EpisodeDataset) -> Check:
-    """Whether `terminated` and `truncated` say plausible things."""
-    import numpy as np
-
-    name = "ends of episodes"
-    open_ended = np.flatnonzero(~dataset.terminated & ~dataset.truncated)
-    if open_ended.size:
-        return Check(
-            name,
-            ok=False,
-            message=f"{open_ended.size} episodes neither terminate nor are truncated: {_listed(open_ended)}.",
-            remedy="Set truncated where a recording was stopped, terminated where the task ended by itself.",
-        )
-    limit = int(dataset.env.get("horizon") or dataset.lengths.max())
-    at_limit = dataset.terminated & ~dataset.truncated & (dataset.lengths == limit)
-    if at_limit.sum() > 1 and at_limit.sum() > 0.5 * dataset.terminated.sum():
-        return Check(
-            name,
-            ok=False,
-            message=f"{at_limit.sum()} of {dataset.terminated.sum()} terminated episodes have exactly {limit} steps,"
-            " so a time limit was probably stored as termination.",
-            remedy="Store time limits as truncated: values are learned wrongly when a cut-off counts as the end.",
-        )
-    return Check(name, True, f"{dataset.terminated.sum()} terminated, {dataset.truncated.sum()} truncated.")
-
-
-def check_lengths(dataset: EpisodeDataset, length: int) -> Check:
-    """Whether episodes are long enough for segments of `length` steps."""
-    import numpy as np
-
-    short = np.flatnonzero(dataset.lengths < length)
-    if short.size == len(dataset):
-        return Check(
-            "episode lengths",
-            ok=False,
-            message=f"Every episode is shorter than {length} steps; the longest has {dataset.lengths.max()}.",
-            remedy=f"Use segments of at most {dataset.lengths.max()} steps (--length).",
-        )
-    if short.size:
-        return Check(
-            "episode lengths",
-            ok=False,
-            message=f"{short.size} of {len(dataset)} episodes are shorter than {length} steps: {_listed(short)}.",
-            remedy="No segment can be drawn from them; shorter segments (--length) would use them too.",
-            required=False,
-        )
-    return Check("episode lengths", True, f"Every episode holds a segment of {length} steps.")
-
-
-def check_rewards(dataset: EpisodeDataset) -> Check:
-    """Whether rewards differ at all, which simulated teachers rely on."""
-    import numpy as np
-
-    if np.ptp(dataset.rewards[_acted(dataset)]) == 0:
-        return Check(
-            "rewards",
-            ok=False,
-            message="The reward is the same at every step, so a simulated teacher would call every query a tie.",
-            remedy="Have people label the queries, or collect with a reward.",
-            required=False,
-        )
-    return Check("rewards", True, "Rewards vary.", required=False)
-
-
-def show_checks(checks: Iterable[Check], out: TextIO) -> bool:
-    """Lists checks as they come in, for people to read; returns whether none is fatal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(file=out, highlight=False)
-    good = True
-    for check in checks:
-        mark, style = ("✓", "green") if check.ok else ("✗", "bold red") if check.required else ("–", "yellow")
-        # Left to the terminal to wrap, so that a command can be copied from the list in one piece.
-        console.print(Text.assemble((mark, style), " ", (f"{check.name:<22}", "bold"), check.message), soft_wrap=True)
-        if check.remedy:
-            console.print(Text(f"  → {check.remedy}", style="cyan"), soft_wrap=True)
-        good &= not check.fatal
-    return good
-
-
-def checks_as_json(checks: Iterable[Check]) -> str:
-    """The same as JSON: `{"ok": bool, "checks": [...]}`."""
-    found = list(checks)
-    everything = {"ok": not any(check.fatal for check in found), "checks": [asdict(check) for check in found]}
-    return json.dumps(everything, indent=2, ensure_ascii=False)
-
-
 def read_pins(requirements: Path) -> dict[str, str]:
     """Package name to exact version, for the lines of a requirements file that have one."""
     pin = re.compile(r"^\s*([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==([^\s;#]+)", re.MULTILINE)
@@ -556,27 +323,3 @@ def _check_declared() -> Check:
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
-def _acted(dataset: EpisodeDataset) -> np.ndarray:
-    """Which rows have an action: all but the last of each episode, [R]."""
-    import numpy as np
-
-    acted = np.ones(len(dataset.actions), dtype=bool)
-    acted[dataset.offsets[1:] - 1] = False
-    return acted
-
-
-def _place(dataset: EpisodeDataset, rows: np.ndarray) -> str:
-    row = int(rows.argmax())
-    episode = int(dataset.offsets.searchsorted(row, side="right")) - 1
-    return f"episode {episode}, step {row - int(dataset.offsets[episode])}"
-
-
-def _share(steps: np.ndarray, total: int) -> str:
-    return f"{int(steps.sum())} of {total} actions ({steps.sum() / total:.1%})"
-
-
-def _listed(numbers: np.ndarray, most: int = 8) -> str:
-    text = ", ".join(str(number) for number in numbers[:most].tolist())
-    return text if len(numbers) <= most else f"{text}, …"
