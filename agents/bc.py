@@ -21,7 +21,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from robopref.losses import squared_error_log_probability
-from robopref.networks import DeterministicPolicy, Normalizer, apply, init
+from robopref.networks import DeterministicPolicy, Normalizer, apply, explore, init
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments, Transitions
 
 
@@ -94,8 +94,7 @@ class BCAgent(struct.PyTreeNode):
         return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
 
     def sample_actions(self, observations: Float[Array, "*B O"], key: Key) -> Float[Array, "*B A"]:
-        actions = self.act(observations)
-        return jnp.clip(actions + self.config.action_noise * jax.random.normal(key, actions.shape), -1, 1)
+        return explore(self.act(observations), self.config.action_noise, key)
 
     def act(self, observations: Float[Array, "*B O"]) -> Float[Array, "*B A"]:
         return apply(self.policy, self.params, self.normalizer(observations))

@@ -44,7 +44,7 @@ from experiments.experiment import (
     train,
 )
 from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
-from labelers.teachers import preset, relative_threshold
+from labelers.teachers import THRESHOLD_PRESETS, benchmark_threshold, preset
 from robopref.agent import AgentPolicy
 from robopref.episodes import load_episodes
 from robopref.evaluation import claim_verdict, compare, success_interval
@@ -224,9 +224,7 @@ def label(context: JobContext, *, episodes: str, queries: int, length: int, teac
     """Job: draws queries, has the teacher answer them, and stores the preferences."""
     dataset = load_episodes(context.folders[episodes] / "episodes")
     drawn = draw_queries(dataset, np.random.default_rng(seed), count=queries, length=length)
-    threshold = None
-    if teacher in ("skip", "equal"):
-        threshold = relative_threshold(0.1, float(dataset.returns.mean()), length, int(dataset.lengths.max()))
+    threshold = benchmark_threshold(drawn) if teacher in THRESHOLD_PRESETS else None
     labels = preset(teacher, threshold=threshold).label(drawn, jax.random.key(seed))
     write_records(context.folder / "labels.parquet", drawn, labels)
     statistics = label_statistics(drawn, labels)

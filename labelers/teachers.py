@@ -23,6 +23,9 @@ from robopref.types import Key
 PRESETS = ("oracle", "mistake", "noisy", "skip", "equal", "myopic")
 """The names that `preset` knows."""
 
+THRESHOLD_PRESETS = ("skip", "equal")
+"""Those of them that need a threshold."""
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -131,14 +134,14 @@ def _distinct_rewards(queries: Queries) -> tuple[Float[Array, "U T"], Int[np.nda
     return jnp.asarray(rewards, jnp.float64), index.reshape(first.shape)
 
 
-def relative_threshold(fraction: float, mean_return: float, length: int, horizon: int) -> float:
+def relative_threshold(fraction: float, mean_return: float, length: int, horizon: float) -> float:
     """A skip or tie threshold: the given fraction of what an average segment earns.
 
     Args:
         fraction: such as 0.1.
         mean_return: mean return of the episodes that the queries are drawn from; positive.
         length: steps of a segment.
-        horizon: steps of an episode.
+        horizon: steps of an episode, on average.
 
     Raises:
         ValueError: a return that is not positive has no such fraction.
@@ -151,19 +154,29 @@ def relative_threshold(fraction: float, mean_return: float, length: int, horizon
     return fraction * mean_return * length / horizon
 
 
+def benchmark_threshold(queries: Queries) -> float:
+    """The benchmark's skip or tie threshold for these queries: a tenth of what an average segment earns.
+
+    Raises:
+        ValueError: the mean return of the episodes is not positive.
+    """
+    dataset = queries.dataset
+    return relative_threshold(0.1, float(dataset.returns.mean()), queries.length, float(dataset.lengths.mean()))
+
+
 def preset(name: str, *, threshold: float | None = None) -> Teacher:
     """One of the six teachers of B-Pref, each with a single imperfection, or none.
 
     Args:
         name: one of `PRESETS`.
-        threshold: for "skip" and "equal", which need one: `relative_threshold(0.1, ...)` is the benchmark's.
+        threshold: for "skip" and "equal", which need one; see `benchmark_threshold`.
 
     Raises:
         ValueError: there is no such preset, or it needs a threshold.
     """
     if name not in PRESETS:
         raise ValueError(f"there is no teacher {name!r}; choose one of {', '.join(PRESETS)}.")
-    if threshold is None and name in ("skip", "equal"):
+    if threshold is None and name in THRESHOLD_PRESETS:
         raise ValueError(f"the teacher {name!r} needs a threshold, in the unit of a segment's partial return.")
     return {
         "oracle": Teacher(name=name),

@@ -223,9 +223,8 @@ def _label(options: argparse.Namespace) -> int:
         rng = np.random.default_rng(options.seed)
         queries = draw_queries(dataset, rng, count=options.queries, length=options.length)
         threshold = options.threshold
-        if threshold is None and options.teacher in ("skip", "equal"):
-            mean_return, horizon = float(dataset.returns.mean()), float(dataset.lengths.mean())
-            threshold = teachers.relative_threshold(0.1, mean_return, options.length, horizon)
+        if threshold is None and options.teacher in teachers.THRESHOLD_PRESETS:
+            threshold = teachers.benchmark_threshold(queries)
         labels = teachers.preset(options.teacher, threshold=threshold).label(queries, jax.random.key(options.seed))
         write_records(options.out, queries, labels)
     found = label_statistics(queries, labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -66,6 +67,11 @@ class DeterministicPolicy(nn.Module):
     @nn.compact
     def __call__(self, observations: Float[Array, "*B O"], *, deterministic: bool = True) -> Float[Array, "*B A"]:
         return jnp.tanh(MLP(self.hidden_dims, self.action_dim, self.dropout)(observations, deterministic=deterministic))
+
+
+def explore(actions: Float[Array, "*B A"], noise: float, key: Key) -> Float[Array, "*B A"]:
+    """The actions of a deterministic policy with Gaussian noise of this standard deviation, kept in [-1, 1]."""
+    return jnp.clip(actions + noise * jax.random.normal(key, actions.shape), -1, 1)
 
 
 def init(module: nn.Module, key: Key, *inputs: Array) -> PyTree:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from labelers.teachers import PRESETS, Teacher, preset, relative_threshold
+from labelers.teachers import PRESETS, Teacher, benchmark_threshold, preset, relative_threshold
 from robopref.episodes import EpisodeDataset
 from robopref.queries import Labeler, Labels, Queries
 
@@ -128,6 +128,12 @@ def test_the_threshold_is_a_fraction_of_what_an_average_segment_earns():
     assert relative_threshold(0.1, 2000.0, 50, 500) == pytest.approx(20.0)
     with pytest.raises(ValueError, match="positive"):
         relative_threshold(0.1, -3.0, 50, 500)
+
+
+def test_the_benchmark_takes_a_tenth_of_an_average_segment_of_the_dataset():
+    # Two episodes of four steps earn 8 and 12: 2.5 a step, so 5 in a segment of two steps.
+    queries = make_queries([[1.0, 2.0, 2.0, 3.0], [0.0, 0.0, 6.0, 6.0]], np.array([[0, 1]]), length=2)
+    assert benchmark_threshold(queries) == pytest.approx(0.5)
 
 
 def test_an_oracle_never_errs():
