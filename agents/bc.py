@@ -20,8 +20,9 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from robopref.images import random_shift
 from robopref.losses import squared_error_log_probability
-from robopref.networks import DeterministicPolicy, Normalizer, apply, explore, init
+from robopref.networks import DeterministicPolicy, Normalizer, Pixels, apply, explore, init, observation_shape
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments, Transitions
 
 
@@ -37,6 +38,8 @@ class BCConfig:
             is not a random one of those that the last updates jitter between; None keeps it constant.
         pretrain_updates: with `Preferences`, for how many updates to clone both segments before only the preferred.
         action_noise: standard deviation of the Gaussian noise of `sample_actions`.
+        action_limit: actions of the data are clipped to this distance from 0 before they are cloned.
+        pixels: how images are seen, where observations are images.
     """
 
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -45,6 +48,8 @@ class BCConfig:
     decay_updates: int | None = None
     pretrain_updates: int = 0
     action_noise: float = 0.1
+    action_limit: float = 1.0
+    pixels: Pixels | None = None
 
 
 class BCAgent(struct.PyTreeNode):
@@ -62,13 +67,12 @@ class BCAgent(struct.PyTreeNode):
         cls, config: BCConfig, example: Transitions | Preferences, key: Key, *, normalizer: Normalizer | None = None
     ) -> Self:
         steps = _steps(example)
-        observation_dim, action_dim = steps.observations.shape[-1], steps.actions.shape[-1]
-        module = DeterministicPolicy(config.hidden_dims, action_dim, config.dropout)
-        params = init(module, key, jnp.zeros(observation_dim))
+        shape, action_dim = observation_shape(steps.observations, config.pixels), steps.actions.shape[-1]
+        params = init(_policy(config, action_dim), key, jnp.zeros(shape))
         return cls(
             params=params,
             opt_state=_optimizer(config).init(params),
-            normalizer=normalizer or Normalizer.identity(observation_dim),
+            normalizer=normalizer or Normalizer.identity(shape),
             step=jnp.zeros((), jnp.int32),
             config=config,
             action_dim=action_dim,
@@ -76,13 +80,18 @@ class BCAgent(struct.PyTreeNode):
 
     @property
     def policy(self) -> DeterministicPolicy:
-        return DeterministicPolicy(self.config.hidden_dims, self.action_dim, self.config.dropout)
+        return _policy(self.config, self.action_dim)
 
     def loss(self, params: PyTree, batch: Transitions | Preferences, key: Key) -> tuple[Array, Metrics]:
         """Mean -log pi over the steps that count."""
         steps = _steps(batch)
-        means = apply(self.policy, params, self.normalizer(steps.observations), dropout_key=key)
-        errors = -squared_error_log_probability(steps.actions, means)
+        shift_key, dropout_key = jax.random.split(key)
+        observations = steps.observations
+        if self.config.pixels is not None:
+            observations = random_shift(observations, shift_key, self.config.pixels.shift)
+        means = apply(self.policy, params, self.normalizer(observations), dropout_key=dropout_key)
+        actions = jnp.clip(steps.actions, -self.config.action_limit, self.config.action_limit)
+        errors = -squared_error_log_probability(actions, means)
         weights = self._weights(batch, errors)
         loss = jnp.sum(weights * errors) / jnp.maximum(jnp.sum(weights), 1.0)
         return loss, {"policy/loss": loss, "policy/error": jnp.mean(errors)}
@@ -93,11 +102,15 @@ class BCAgent(struct.PyTreeNode):
         params = optax.apply_updates(self.params, updates)
         return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
 
-    def sample_actions(self, observations: Float[Array, "*B O"], key: Key) -> Float[Array, "*B A"]:
+    def sample_actions(self, observations: Float[Array, "*B *O"], key: Key) -> Float[Array, "*B A"]:
         return explore(self.act(observations), self.config.action_noise, key)
 
-    def act(self, observations: Float[Array, "*B O"]) -> Float[Array, "*B A"]:
+    def act(self, observations: Float[Array, "*B *O"]) -> Float[Array, "*B A"]:
         return apply(self.policy, self.params, self.normalizer(observations))
+
+    def segment_scores(self, segments: Segments) -> Float[Array, "*B"]:
+        """Sum of log pi over each segment: how well the policy's own behaviour explains it."""
+        return jnp.sum(squared_error_log_probability(segments.actions, self.act(segments.observations)), axis=-1)
 
     def _weights(self, batch: Transitions | Preferences, errors: Float[Array, "*S"]) -> Float[Array, "*S"]:
         """1 for every step that is cloned, 0 for the others."""
@@ -106,6 +119,10 @@ class BCAgent(struct.PyTreeNode):
         preferred = jnp.stack([batch.labels <= 0.5, batch.labels >= 0.5], axis=-1)
         chosen = preferred | (self.step < self.config.pretrain_updates)
         return jnp.broadcast_to(chosen[..., None], errors.shape).astype(errors.dtype)
+
+
+def _policy(config: BCConfig, action_dim: int) -> DeterministicPolicy:
+    return DeterministicPolicy(config.hidden_dims, action_dim, config.dropout, config.pixels)
 
 
 def _optimizer(config: BCConfig) -> optax.GradientTransformation:

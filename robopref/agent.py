@@ -1,8 +1,8 @@
 """What an agent is, and the one loop in which every agent trains.
 
-An agent is a frozen pytree: parameters, optimiser state and step are leaves; its configuration and shapes are the only
-static fields. Modules and optimisers are built from those in properties, so that agents which differ in their numbers
-alone share one compiled program.
+An agent (or a `Learner` that does not act, such as a reward model) is a frozen pytree: parameters, optimiser state and
+step are leaves; its configuration and shapes are the only static fields. Modules and optimisers are built from those in
+properties, so that agents which differ in their numbers alone share one compiled program.
 
 Agents see and choose actions in [-1, 1] along every axis; environments rescale to their own units.
 """
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from robopref.types import Key, Metrics, PyTree
 
 
-class Agent(Protocol):
+class Learner(Protocol):
     """The contract that every file in agents/ keeps; tests/test_contracts.py runs all of them through it."""
 
     @property
@@ -39,6 +39,10 @@ class Agent(Protocol):
         """One gradient step."""
         ...
 
+
+class Agent(Learner, Protocol):
+    """A learner that acts."""
+
     def sample_actions(self, observations: Float[Array, "*B O"], key: Key) -> Float[Array, "*B A"]:
         """Actions with the policy's own randomness."""
         ...
@@ -54,7 +58,7 @@ class Dataset(Protocol):
     def sample(self, key: Key, batch_size: int) -> Any: ...
 
 
-A = TypeVar("A", bound=Agent)
+A = TypeVar("A", bound=Learner)
 
 
 def _update_many(agent: A, dataset: Dataset, key: Key, num_updates: int, batch_size: int) -> tuple[A, Metrics]:

@@ -1,8 +1,13 @@
-"""Network modules (Flax linen), observation normalisation, and the one typed way to apply a module."""
+"""Network modules (Flax linen), observation normalisation, and the one typed way to apply a module.
+
+Observations are vectors [O] or images [H, W, C] with values from 0 to 255. The encoder of images is that of DrQ-v2
+(Yarats et al. 2021, "Mastering visual continuous control", arXiv:2107.09645).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
@@ -17,12 +22,14 @@ from robopref.types import Key, PyTree
 class Normalizer(struct.PyTreeNode):
     """Standardises observations: (x - mean) / std. It is part of the agent, so a checkpoint can never miss it."""
 
-    mean: Float[Array, " O"]
-    std: Float[Array, " O"]
+    mean: Float[Array, "*O"]
+    std: Float[Array, "*O"]
 
     @classmethod
-    def identity(cls, observation_dim: int) -> Normalizer:
-        return cls(mean=jnp.zeros(observation_dim), std=jnp.ones(observation_dim))
+    def identity(cls, observation_shape: Sequence[int]) -> Normalizer:
+        """Leaves vectors as they are. Images are scaled by their encoder: theirs is one number for all pixels."""
+        shape = () if len(observation_shape) > 1 else tuple(observation_shape)
+        return cls(mean=jnp.zeros(shape), std=jnp.ones(shape))
 
     @classmethod
     def fit(cls, observations: Float[np.ndarray, "N O"]) -> Normalizer:
@@ -36,8 +43,55 @@ class Normalizer(struct.PyTreeNode):
         std = np.where(std < 1e-4, 1.0, std)
         return cls(mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32))
 
-    def __call__(self, observations: Float[Array, "*B O"]) -> Float[Array, "*B O"]:
+    def __call__(self, observations: Float[Array, "*B *O"]) -> Float[Array, "*B *O"]:
         return (observations - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an agent sees images.
+
+    Attributes:
+        filters: of each convolution.
+        strides: of the convolutions, one after the other; kernels are 3 by 3.
+        features: what each network projects the convolutions' output to.
+        shift: by how many pixels images are shifted at random while training, at most, along each axis.
+    """
+
+    filters: int = 32
+    strides: tuple[int, ...] = (2, 1, 1, 1)
+    features: int = 50
+    shift: int = 4
+
+
+class Convolutions(nn.Module):
+    """Images with values from 0 to 255 to one flat vector each."""
+
+    pixels: Pixels
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "*B H W C"]) -> Float[Array, "*B F"]:
+        hidden = images / 255.0 - 0.5
+        for stride in self.pixels.strides:
+            hidden = nn.Conv(
+                self.pixels.filters,
+                (3, 3),
+                (stride, stride),
+                padding="VALID",
+                kernel_init=nn.initializers.orthogonal(jnp.sqrt(2.0)),
+            )(hidden)
+            hidden = nn.relu(hidden)
+        return hidden.reshape(*hidden.shape[:-3], -1)
+
+
+class Trunk(nn.Module):
+    """The output of `Convolutions` to a few features between -1 and 1."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, encoded: Float[Array, "*B F"]) -> Float[Array, "*B features"]:
+        return jnp.tanh(nn.LayerNorm()(nn.Dense(self.features, kernel_init=nn.initializers.orthogonal(1.0))(encoded)))
 
 
 class MLP(nn.Module):
@@ -58,15 +112,23 @@ class MLP(nn.Module):
 
 
 class DeterministicPolicy(nn.Module):
-    """An MLP whose output passes through tanh, so that actions lie in [-1, 1]."""
+    """An MLP whose output passes through tanh, so that actions lie in [-1, 1]; with `pixels`, behind an encoder."""
 
     hidden_dims: Sequence[int]
     action_dim: int
     dropout: float = 0.0
+    pixels: Pixels | None = None
 
     @nn.compact
-    def __call__(self, observations: Float[Array, "*B O"], *, deterministic: bool = True) -> Float[Array, "*B A"]:
+    def __call__(self, observations: Float[Array, "*B *O"], *, deterministic: bool = True) -> Float[Array, "*B A"]:
+        if self.pixels is not None:
+            observations = Trunk(self.pixels.features)(Convolutions(self.pixels)(observations))
         return jnp.tanh(MLP(self.hidden_dims, self.action_dim, self.dropout)(observations, deterministic=deterministic))
+
+
+def observation_shape(observations: Array, pixels: Pixels | None) -> tuple[int, ...]:
+    """The shape of one observation of a batch: of vectors, or of images where `pixels` are given."""
+    return observations.shape[-1:] if pixels is None else observations.shape[-3:]
 
 
 def explore(actions: Float[Array, "*B A"], noise: float, key: Key) -> Float[Array, "*B A"]:

@@ -17,13 +17,13 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from robopref.agent import Agent, Dataset, update_many
+from robopref.agent import Dataset, Learner, update_many
 from robopref.checkpoints import read_checkpoint_metadata, restore_checkpoint, save_checkpoint
 from robopref.files import atomic_write
 from robopref.progress import ProgressCallback
 from robopref.types import Key, Metrics
 
-A = TypeVar("A", bound=Agent)
+A = TypeVar("A", bound=Learner)
 
 
 def fit(
@@ -126,7 +126,7 @@ def _named_scalars(metrics: Metrics) -> dict[str, float]:
     return scalars
 
 
-def _step(agent: Agent) -> int:
+def _step(agent: Learner) -> int:
     return int(np.max(np.asarray(agent.step)))
 
 
@@ -144,7 +144,7 @@ def _resume(agent: A, folder: Path, run: str) -> A:
     return restore_checkpoint(path, agent)
 
 
-def _fingerprint(agent: Agent, dataset: Dataset, key: Key, batch_size: int) -> str:
+def _fingerprint(agent: Learner, dataset: Dataset, key: Key, batch_size: int) -> str:
     """What must be equal for a checkpoint to belong to this run: agent as created, data, key and batch size."""
     digest = hashlib.sha256(f"{jax.tree.structure(agent)} {jax.tree.structure(dataset)} {batch_size}".encode())
     for leaf in jax.tree.leaves((agent, dataset, jax.random.key_data(key))):

@@ -41,7 +41,7 @@ def test_a_dimension_that_moves_a_little_is_scaled():
 
 
 def test_the_identity_changes_nothing():
-    np.testing.assert_array_equal(Normalizer.identity(5)(INPUTS), INPUTS)
+    np.testing.assert_array_equal(Normalizer.identity((5,))(INPUTS), INPUTS)
 
 
 def test_a_datasets_normalizer_is_that_of_all_its_observations(dataset, episodes):
