@@ -62,3 +62,12 @@ def squared_error_log_probability(actions: Float[Array, "*B A"], means: Float[Ar
     absent: with a conservative weight below 1 it would not cancel.
     """
     return -jnp.sum(jnp.square(actions - means), axis=-1)
+
+
+def expectile_loss(differences: Float[Array, "*B"], expectile: float) -> Float[Array, "*B"]:
+    """|expectile - 1[u < 0]| u^2 of u = target - estimate: least, on average, at that expectile of the targets.
+
+    An expectile is to the mean what a quantile is to the median: 0.5 gives half the squared error and so the mean, and
+    above 0.5 what lies above the estimate counts for more (Kostrikov et al. 2021, arXiv 2110.06169, equation 5).
+    """
+    return jnp.where(differences < 0, 1.0 - expectile, expectile) * jnp.square(differences)

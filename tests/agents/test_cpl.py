@@ -13,7 +13,7 @@ import pytest
 from flax import struct
 
 from agents.bc import BCAgent, BCConfig
-from agents.cpl import CPL, CPL_BC, CPL_KL, CPLAgent, CPLConfig
+from agents.cpl import APO, CPL, CPL_BC, CPL_KL, DPO, PRO, RPO, CPLAgent, CPLConfig
 from robopref.agent import update_many
 from robopref.networks import Normalizer
 from robopref.types import Preferences, Rankings, Segments
@@ -72,6 +72,30 @@ def test_the_variants_are_those_of_the_paper():
     assert CPL_KL.reference
     assert math.isclose(CPL_KL.learning_rate, 0.1 * CPL.learning_rate)
     assert {config.discount for config in (CPL, CPL_BC, CPL_KL)} == {1.0}
+
+
+def test_the_neighbours_differ_from_cpl_in_what_defines_them():
+    for config in (DPO, RPO, APO):
+        assert config.reference
+        assert config.conservative_weight == 1.0
+    assert (DPO.preferred_weight, PRO.reference, PRO.conservative_weight) == (0.0, False, 1.0)
+    assert RPO.preferred_weight > 0
+    assert PRO.preferred_weight > 0
+    assert APO.iteration_updates
+    assert APO.extrapolation > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"iteration_updates": 10}, "set reference"),
+        ({"reference": True, "iteration_updates": 0}, "at least 1 update"),
+        ({"reference": True, "extrapolation": 0.5}, "set iteration_updates as well"),
+    ],
+)
+def test_configurations_that_make_no_sense_are_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        CPLConfig(**changes)
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.8])
@@ -283,6 +307,115 @@ def test_rankings_of_four_set_every_segment_against_all_below_it(weight: float):
     value, metrics = loss(agent, rankings)
     np.testing.assert_allclose(value, np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(metrics["policy/ranking_accuracy"], np.mean(scores.argmax(axis=1) == 0))
+
+
+def with_a_reference(**changes: Any) -> tuple[CPLAgent, Preferences]:
+    """An agent whose reference is another policy, contrasting, and the pairs to contrast."""
+    batch = random_pairs()
+    agent = at(create(batch, reference=True, **changes), PRETRAIN + 1)
+    return agent.replace(reference_params=create(batch, seed=1).params), batch
+
+
+def test_dpo_is_the_logistic_loss_of_the_difference_of_log_ratios():
+    """-log sigmoid(beta [log pi/pi_ref of the preferred - of the other]), written out for decided labels."""
+    agent, batch = with_a_reference(conservative_weight=1.0, temperature=0.3)
+    batch = batch.replace(labels=jnp.asarray([0.0, 1, 1, 0, 1, 0]))
+    ratios = log_probabilities(agent, batch.segments) - log_probabilities(
+        agent.replace(params=agent.reference_params), batch.segments
+    )
+    sums = 0.3 * ratios.sum(axis=-1)
+    margins = np.where(batch.labels > 0.5, sums[:, 1] - sums[:, 0], sums[:, 0] - sums[:, 1])
+    np.testing.assert_allclose(loss(agent, batch)[0], -np.log(1 / (1 + np.exp(-margins))).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_rpo_adds_the_cloning_of_what_was_preferred(weight: float):
+    agent, batch = with_a_reference(conservative_weight=1.0)
+    both = [0, 1]
+    preferred = {0.0: [0], 1.0: [1], 0.5: both, 0.2: [0], 0.9: [1]}
+    log_probs = log_probabilities(agent, batch.segments)
+    cloned = [
+        log_probs[i, k] for i, label in enumerate(np.round(LABELS, 3).tolist()) for k in preferred[round(label, 3)]
+    ]
+    with_term, _ = with_a_reference(conservative_weight=1.0, preferred_weight=weight)
+    added = loss(with_term, batch)[0] - loss(agent, batch)[0]
+    np.testing.assert_allclose(added, -weight * np.mean(cloned), rtol=1e-4)
+
+
+def test_pro_adds_the_cloning_of_the_best():
+    rankings = Rankings(random_segments(np.random.default_rng(3), 5, 4))
+    plain, pro = (at(create(rankings, preferred_weight=weight), PRETRAIN) for weight in (0.0, 1.5))
+    added = loss(pro, rankings)[0] - loss(plain, rankings)[0]
+    best = log_probabilities(plain, rankings.segments)[:, 0]
+    np.testing.assert_allclose(added, -1.5 * best.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_training_on_smoothed_labels(smoothing: float):
+    batch = random_pairs()
+    smoothed = batch.replace(labels=(1 - smoothing) * batch.labels + smoothing / 2)
+    one, other = at(create(batch, label_smoothing=smoothing), PRETRAIN), at(create(batch), PRETRAIN)
+    np.testing.assert_allclose(loss(one, batch)[0], loss(other, smoothed)[0], rtol=1e-6)
+    accuracies = [loss(agent, batch)[1]["policy/ranking_accuracy"] for agent in (one, other)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_the_mean_of_a_segment_is_its_sum_at_a_lower_temperature():
+    batch = random_pairs()
+    mean = create(batch, reduction="mean", temperature=0.4)
+    total = create(batch, temperature=0.4 / STEPS)
+    np.testing.assert_allclose(loss(at(mean, PRETRAIN), batch)[0], loss(at(total, PRETRAIN), batch)[0], rtol=1e-6)
+
+
+def test_actions_beyond_the_limit_count_as_the_limit():
+    batch = random_pairs()
+    clipped = batch.replace(segments=batch.segments.replace(actions=jnp.clip(batch.segments.actions, -0.4, 0.4)))
+    limited = at(create(batch, action_limit=0.4), PRETRAIN)
+    np.testing.assert_allclose(loss(limited, batch)[0], loss(at(create(batch), PRETRAIN), clipped)[0], rtol=1e-6)
+
+
+def test_segment_scores_are_what_the_loss_contrasts():
+    agent, batch = with_a_reference(conservative_weight=0.5, temperature=0.3)
+    scores = np.asarray(agent.segment_scores(batch.segments), np.float64)
+    assert scores.shape == (len(LABELS), 2)
+    np.testing.assert_allclose(loss(agent, batch)[0], pair_loss(scores, LABELS, 0.5), rtol=1e-5)
+
+
+def run(agent: CPLAgent, batch: Any, updates: int) -> CPLAgent:
+    for _ in range(updates):
+        agent, _ = update(agent, batch)
+    return agent
+
+
+def test_apo_renews_its_reference_after_every_iteration():
+    batch = random_pairs()
+    agent = run(create(batch, reference=True, iteration_updates=3), batch, PRETRAIN)
+    for _ in range(3):
+        before = agent.params
+        agent = run(agent, batch, 1)
+        assert_close(agent.reference_params, before)
+        assert int(agent.opt_state.count) == 1
+        agent = run(agent, batch, 2)
+        assert_close(agent.reference_params, before)
+
+
+def test_apo_begins_an_iteration_beyond_the_policy_so_far():
+    """theta_2 = theta_1 + x (theta_1 - theta_0): Nesterov's extrapolation of the iterates."""
+    batch, reach = random_pairs(), 0.7
+    agent = run(create(batch, reference=True, iteration_updates=2, extrapolation=reach), batch, PRETRAIN)
+    first = agent.params
+    agent = run(agent, batch, 1)
+    assert_close(agent.reference_params, first)
+    second = run(agent, batch, 1)
+    third = run(second, batch, 2)
+    extrapolated = jax.tree.map(lambda new, old: new + reach * (new - old), second.params, first)
+    assert_close(third.reference_params, extrapolated)
+    assert_close(third.iterate_params, second.params)
+    fourth = run(third, batch, 1)
+    assert_close(
+        fourth.reference_params,
+        jax.tree.map(lambda new, old: new + reach * (new - old), third.params, second.params),
+    )
 
 
 def test_a_tie_is_the_mean_of_both_directions():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from robopref.losses import (
     contrastive_preference_loss,
+    expectile_loss,
     plackett_luce_loss,
     preference_loss,
     squared_error_log_probability,
@@ -224,3 +225,19 @@ def test_log_probability_sums_over_the_action_axis_only():
     np.testing.assert_allclose(
         squared_error_log_probability(jnp.asarray(actions), jnp.asarray(means)), expected, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(("expectile", "best"), [(0.5, 0.5), (0.7, 0.7), (0.9, 0.9)])
+def test_the_expectile_loss_is_least_at_the_expectile(expectile, best):
+    """Of 0 and 1, each as often: expectile (1 - v) = (1 - expectile) v, so v is the expectile."""
+    targets, estimates = np.array([0.0, 1.0]), np.linspace(0, 1, 101)
+    losses = np.asarray(expectile_loss(jnp.asarray(targets[:, None] - estimates), expectile))
+    assert estimates[losses.mean(axis=0).argmin()] == pytest.approx(best)
+
+
+def test_the_expectile_loss_by_its_formula():
+    differences = np.random.default_rng(0).normal(size=(4, 3))
+    expected = np.abs(0.8 - (differences < 0)) * differences**2
+    np.testing.assert_allclose(expectile_loss(jnp.asarray(differences), 0.8), expected, rtol=1e-5)
+    half = expectile_loss(jnp.asarray(differences), 0.5)
+    np.testing.assert_allclose(half, differences**2 / 2, rtol=1e-5)

@@ -1,0 +1,293 @@
+"""A reward model learned from preferences: Bradley-Terry over the summed rewards of two segments.
+
+Christiano et al. 2017, "Deep reinforcement learning from human preferences" (arXiv:1706.03741), equation 1:
+
+    P(second preferred) = sigmoid(score_2 - score_1),    score(segment) = sum_t r(s_t, a_t)
+
+fitted by cross-entropy to the labels, soft ones and ties (0.5) as they are. Two networks give the rewards:
+
+* `mlp`: r(s_t, a_t) of each step alone, as in P-IQL.
+* `transformer`: Kim et al. 2023, "Preference Transformer" (arXiv:2303.00957). A causal transformer reads states and
+  actions; from the output x_t at each action come a reward r_t, which depends on all that went before, and a query and
+  a key. A bidirectional attention over the whole segment says how much each step matters: step i looks at step t with
+  weight softmax_t(<q_i, k_t>), and w_t is the mean of these over i (equations 6 to 8). The score is sum_t w_t r_t.
+
+To have one scale for both, the reward of a step is T w_t r_t for the transformer, whose weights T w_t are 1 on average,
+and r_t for the MLP. The score of a segment is then the sum of these rewards, or their mean: with the mean the
+transformer's score is the published one, with the sum the MLP's.
+
+The members of an ensemble differ in their initial parameters (and dropout); all learn from the same batches. From
+images, each has an encoder of its own (Yarats et al. 2021, arXiv:2107.09645), whose features stand for observations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from robopref.images import random_shift
+from robopref.losses import preference_loss
+from robopref.networks import MLP, Convolutions, Normalizer, Pixels, Trunk, apply, init, observation_shape
+from robopref.types import Key, Metrics, Preferences, PyTree, Segments
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """The reward model's hyperparameters.
+
+    Attributes:
+        network: what gives the rewards, see the module's docstring.
+        hidden_dims: widths of the MLP's hidden layers.
+        ensemble: members, initialised apart and trained on the same batches; P-IQL has 1.
+        dropout: in the network, while training.
+        embed_dim: width of the transformer (256 as published).
+        layers: of the causal transformer (1 as published).
+        heads: of the causal attention (4 as published); the preference attention has one.
+        max_length: the longest segment that the transformer has positions for, in steps.
+        reduction: of a segment's rewards to its score. `sum` is P-IQL's, `mean` Preference Transformer's; under the
+            mean the same rewards tell short and long segments apart equally well.
+        bounded: rewards pass through tanh.
+        learning_rate: AdamW's.
+        decay_updates: the update at which the learning rate, falling along a cosine, reaches 0; None keeps it constant.
+        weight_decay: AdamW's; 0 makes it Adam.
+        label_smoothing: e turns a label into (1 - e) label + e / 2, because people err however clear the case.
+        pixels: how images are seen, where observations are images.
+
+    Raises:
+        ValueError: there is no member, no label is left, or the heads do not divide the transformer's width.
+    """
+
+    network: Literal["mlp", "transformer"] = "mlp"
+    hidden_dims: tuple[int, ...] = (256, 256)
+    ensemble: int = 3
+    dropout: float = 0.0
+    embed_dim: int = 256
+    layers: int = 1
+    heads: int = 4
+    max_length: int = 100
+    reduction: Literal["sum", "mean"] = "sum"
+    bounded: bool = False
+    learning_rate: float = 3e-4
+    decay_updates: int | None = None
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    pixels: Pixels | None = None
+
+    def __post_init__(self) -> None:
+        if self.ensemble < 1:
+            raise ValueError(f"a reward model needs at least one member, not ensemble={self.ensemble}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing must lie in [0, 1), not {self.label_smoothing}: 1 would leave no labels."
+            )
+        if self.network == "transformer" and self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim ({self.embed_dim}) must be a multiple of heads ({self.heads}).")
+
+
+class MLPReward(nn.Module):
+    """A reward for each step from that step's observation and action alone."""
+
+    hidden_dims: tuple[int, ...]
+    dropout: float = 0.0
+    bounded: bool = False
+    pixels: Pixels | None = None
+
+    @nn.compact
+    def __call__(
+        self, observations: Float[Array, "*B T *O"], actions: Float[Array, "*B T A"], *, deterministic: bool = True
+    ) -> Float[Array, "*B T"]:
+        steps = jnp.concatenate([_see(self.pixels, observations), actions], axis=-1)
+        rewards = MLP(self.hidden_dims, 1, self.dropout)(steps, deterministic=deterministic)[..., 0]
+        return jnp.tanh(rewards) if self.bounded else rewards
+
+
+class PreferenceTransformer(nn.Module):
+    """Rewards that depend on the past, weighted by how much each step matters in the whole segment.
+
+    Segments may be shorter than `max_length`, never longer.
+    """
+
+    embed_dim: int
+    layers: int
+    heads: int
+    max_length: int
+    dropout: float = 0.0
+    bounded: bool = False
+    pixels: Pixels | None = None
+
+    @nn.compact
+    def __call__(
+        self, observations: Float[Array, "*B T *O"], actions: Float[Array, "*B T A"], *, deterministic: bool = True
+    ) -> Float[Array, "*B T"]:
+        """T w_t r_t; the parts are kept as intermediates "rewards" (causal r_t) and "weights" (w_t, whose sum is 1)."""
+        embeddings = self._trunk(_see(self.pixels, observations), actions, deterministic)
+        rewards = nn.Dense(1, name="reward")(embeddings)[..., 0]
+        rewards = jnp.tanh(rewards) if self.bounded else rewards
+        queries = nn.Dense(self.embed_dim, name="query")(embeddings)
+        keys = nn.Dense(self.embed_dim, name="key")(embeddings)
+        # The authors' code divides by the square root of the values' dimension, which is 1. At a width of 256 that
+        # makes each softmax all but a choice of one step from the start, so this divides by that of the keys.
+        logits = queries @ jnp.swapaxes(keys, -1, -2) / jnp.sqrt(self.embed_dim)
+        weights = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=-2)
+        self.sow("intermediates", "rewards", rewards)
+        self.sow("intermediates", "weights", weights)
+        return rewards.shape[-1] * weights * rewards
+
+    def _trunk(
+        self, observations: Float[Array, "*B T O"], actions: Float[Array, "*B T A"], deterministic: bool
+    ) -> Float[Array, "*B T E"]:
+        """The output of the causal transformer at each action, which has seen s_0, a_0, …, s_t, a_t."""
+        batch, time = actions.shape[:-2], actions.shape[-2]
+        positions = nn.Embed(self.max_length, self.embed_dim, name="position")(jnp.arange(time))
+        states = nn.Dense(self.embed_dim, name="state")(observations) + positions
+        choices = nn.Dense(self.embed_dim, name="action")(actions) + positions
+        hidden = jnp.stack([states, choices], axis=-2).reshape(*batch, 2 * time, self.embed_dim)
+        hidden = nn.Dropout(self.dropout, deterministic=deterministic)(nn.LayerNorm()(hidden))
+        mask = jnp.tril(jnp.ones((1, 2 * time, 2 * time), bool))
+        for _ in range(self.layers):
+            attention = nn.MultiHeadDotProductAttention(
+                self.heads, dropout_rate=self.dropout, deterministic=deterministic
+            )(nn.LayerNorm()(hidden), mask=mask)
+            hidden += nn.Dropout(self.dropout, deterministic=deterministic)(attention)
+            inner = nn.gelu(nn.Dense(4 * self.embed_dim)(nn.LayerNorm()(hidden)))
+            inner = nn.Dense(self.embed_dim)(inner)
+            hidden += nn.Dropout(self.dropout, deterministic=deterministic)(inner)
+        embeddings: Array = nn.LayerNorm()(hidden)[..., 1::2, :]
+        return embeddings
+
+
+class RewardModelAgent(struct.PyTreeNode):
+    """An ensemble of reward models: a learner without a policy. Leaves of `params` have a leading axis of members."""
+
+    params: PyTree
+    opt_state: optax.OptState
+    normalizer: Normalizer
+    step: Int[Array, ""]
+    config: RewardModelConfig = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(
+        cls, config: RewardModelConfig, example: Preferences, key: Key, *, normalizer: Normalizer | None = None
+    ) -> Self:
+        """A ValueError if the transformer has too few positions for the segments of `example`."""
+        segments = example.segments
+        _check_length(config, segments)
+        shape, action_dim = observation_shape(segments.observations, config.pixels), segments.actions.shape[-1]
+        network, steps = _network(config), (jnp.zeros((1, *shape)), jnp.zeros((1, action_dim)))
+        params = jax.vmap(lambda key: init(network, key, *steps))(jax.random.split(key, config.ensemble))
+        return cls(
+            params=params,
+            opt_state=_optimizer(config).init(params),
+            normalizer=normalizer or Normalizer.identity(shape),
+            step=jnp.zeros((), jnp.int32),
+            config=config,
+            action_dim=action_dim,
+        )
+
+    @property
+    def network(self) -> MLPReward | PreferenceTransformer:
+        return _network(self.config)
+
+    def loss(self, params: PyTree, batch: Preferences, key: Key) -> tuple[Array, Metrics]:
+        """Mean cross-entropy over pairs and members, with dropout and, from images, with random shifts.
+
+        The metrics are that loss, the share of decided pairs that members rank as labelled (mean over members), the
+        mean |score difference| of a pair, and how far members' score differences spread around their mean.
+        """
+        shift_key, dropout_key = jax.random.split(key)
+        segments = batch.segments
+        if self.config.pixels is not None:
+            images = random_shift(segments.observations, shift_key, self.config.pixels.shift)
+            segments = segments.replace(observations=images)
+        scores = self._reduce(self._rewards(params, segments, dropout_key=dropout_key))
+        logits = scores[..., 1] - scores[..., 0]
+        smoothing = self.config.label_smoothing
+        loss = jnp.mean(preference_loss(logits, (1.0 - smoothing) * batch.labels + smoothing / 2))
+        decided = batch.labels != 0.5
+        right = jnp.mean((logits > 0) == (batch.labels > 0.5), axis=0)
+        return loss, {
+            "reward/loss": loss,
+            "reward/ranking_accuracy": jnp.sum(right * decided) / jnp.maximum(jnp.sum(decided), 1),
+            "reward/margin": jnp.mean(jnp.abs(logits)),
+            "reward/disagreement": jnp.mean(jnp.std(logits, axis=0)),
+        }
+
+    def update(self, batch: Preferences, key: Key) -> tuple[Self, Metrics]:
+        gradients, metrics = jax.grad(self.loss, has_aux=True)(self.params, batch, key)
+        updates, opt_state = _optimizer(self.config).update(gradients, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
+
+    def rewards(self, segments: Segments) -> Float[Array, "*B T"]:
+        """The learned reward of each step, mean over members: r_t for the MLP, T w_t r_t for the transformer.
+
+        Their sum over a segment (their mean, where the configuration says so) is its score.
+        """
+        return jnp.mean(self._rewards(self.params, segments), axis=0)
+
+    def segment_scores(self, segments: Segments) -> Float[Array, "*B"]:
+        """What the model compares, mean over members: sigmoid(score_2 - score_1) is P(the second is preferred)."""
+        return jnp.mean(self.member_scores(segments), axis=0)
+
+    def member_scores(self, segments: Segments) -> Float[Array, " E *B"]:
+        """The score that each member gives each segment; where members disagree, a label is worth asking for."""
+        return self._reduce(self._rewards(self.params, segments))
+
+    def _reduce(self, rewards: Float[Array, "*B T"]) -> Float[Array, "*B"]:
+        return jnp.sum(rewards, axis=-1) if self.config.reduction == "sum" else jnp.mean(rewards, axis=-1)
+
+    def _rewards(
+        self, params: PyTree, segments: Segments, *, dropout_key: Key | None = None
+    ) -> Float[Array, " E *B T"]:
+        _check_length(self.config, segments)
+        steps = self.normalizer(segments.observations), segments.actions
+        if dropout_key is None:
+            return jax.vmap(lambda member: apply(self.network, member, *steps))(params)
+        keys = jax.random.split(dropout_key, self.config.ensemble)
+        return jax.vmap(lambda member, key: apply(self.network, member, *steps, dropout_key=key))(params, keys)
+
+
+def _network(config: RewardModelConfig) -> MLPReward | PreferenceTransformer:
+    if config.network == "mlp":
+        return MLPReward(config.hidden_dims, config.dropout, config.bounded, config.pixels)
+    return PreferenceTransformer(
+        config.embed_dim,
+        config.layers,
+        config.heads,
+        config.max_length,
+        config.dropout,
+        config.bounded,
+        config.pixels,
+    )
+
+
+def _see(pixels: Pixels | None, observations: Float[Array, "*B *O"]) -> Float[Array, "*B F"]:
+    """Vectors as they are; images, within a module, through an encoder of its own."""
+    if pixels is None:
+        return observations
+    features: Array = Trunk(pixels.features)(Convolutions(pixels)(observations))
+    return features
+
+
+def _optimizer(config: RewardModelConfig) -> optax.GradientTransformation:
+    if config.decay_updates is None:
+        return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.decay_updates)
+    return optax.adamw(schedule, weight_decay=config.weight_decay)
+
+
+def _check_length(config: RewardModelConfig, segments: Segments) -> None:
+    length = segments.actions.shape[-2]
+    if config.network == "transformer" and length > config.max_length:
+        raise ValueError(
+            f"the segments are {length} steps long, but the transformer has positions for {config.max_length}; "
+            f"create the reward model with max_length={length} or more, or cut the segments."
+        )
