@@ -36,8 +36,9 @@ from experiments.experiment import (
     Training,
     collect,
     evaluate_policy,
+    film,
     finish_run,
-    load_agent,
+    first_seed,
     manifest,
     run_main,
     save_run,
@@ -45,15 +46,11 @@ from experiments.experiment import (
 )
 from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
 from labelers.teachers import THRESHOLD_PRESETS, benchmark_threshold, preset
-from robopref.agent import AgentPolicy
 from robopref.episodes import load_episodes
 from robopref.evaluation import claim_verdict, compare, success_interval
 from robopref.queries import draw_queries, label_statistics
 from robopref.records import read_records, write_records
 from robopref.reports import Histogram, LabelStatistics, MethodComparison, Report, print_table
-from robopref.rollouts import film_episode
-from robopref.types import Policy
-from robopref.video import side_by_side, write_video
 
 METHODS = ("bc", "sft", "cpl", "cpl-shuffled")
 METRIC = "success rate"
@@ -188,7 +185,7 @@ def jobs(args: Args) -> list[Job]:
                     "env": env,
                     "policy": behaviours(task),
                     "episodes": args.episodes,
-                    "first_seed": _first_seed(args.seed, 0),
+                    "first_seed": first_seed(args.seed, 0),
                 },
                 cores=cores,
             )
@@ -199,9 +196,9 @@ def jobs(args: Args) -> list[Job]:
             evaluation = Evaluation(
                 env,
                 episodes=args.evaluation_episodes,
-                first_seed=_first_seed(args.seed, 1) + 10_000 * seed,
+                first_seed=first_seed(args.seed, 1) + 10_000 * seed,
                 curve_episodes=args.curve_episodes,
-                curve_first_seed=_first_seed(args.seed, 2),
+                curve_first_seed=first_seed(args.seed, 2),
             )
             every.append(
                 Job(_cell("expert", task, seed), evaluate_policy, {"policy": Expert(task), "evaluation": evaluation})
@@ -229,36 +226,6 @@ def label(context: JobContext, *, episodes: str, queries: int, length: int, teac
     write_records(context.folder / "labels.parquet", drawn, labels)
     statistics = label_statistics(drawn, labels)
     return {name: value if np.isfinite(value) else None for name, value in statistics.items()}
-
-
-def film(
-    context: JobContext,
-    *,
-    env: Mapping[str, Any],
-    trainings: Mapping[str, Training[Any]],
-    cells: Mapping[str, str],
-    expert: Policy,
-    seed: int,
-) -> dict[str, Any]:
-    """Job: films the policies side by side from one initial state, if this machine can draw."""
-    camera = envs.make({**env, "image_size": 240})
-    observation_dim, action_dim = camera.observation_space.shape[0], camera.action_space.shape[0]
-    policies: dict[str, Policy] = {
-        method: AgentPolicy(load_agent(context.folders[cells[method]], training, observation_dim, action_dim))
-        for method, training in trainings.items()
-    }
-    films, captions = {}, {}
-    for done, (name, policy) in enumerate({**policies, "expert": expert}.items()):
-        context.progress(done, len(policies) + 1)
-        try:
-            films[name], solved = film_episode(camera, policy, seed, hold=20)
-        except RuntimeError as error:
-            return {"film": None, "note": f"There is no film: {error}"}
-        captions[name] = ["success" if by_now else "" for by_now in solved]
-    camera.close()
-    write_video(context.folder / "film.mp4", side_by_side(films, captions, columns=4), fps=20)
-    note = "The policies of the first seed, from the same initial state, at half speed."
-    return {"film": "film.mp4", "note": note}
 
 
 def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder: Path) -> Report:
@@ -341,7 +308,7 @@ def _film_job(args: Args, task: str, env: Mapping[str, Any]) -> Job:
         "trainings": {method: _training(args, method) for method in shown},
         "cells": cells,
         "expert": Expert(task),
-        "seed": _first_seed(args.seed, 1) + 10_000 * args.seeds[0],
+        "seed": first_seed(args.seed, 1) + 10_000 * args.seeds[0],
     }
     return Job(f"film/{task}", film, arguments, needs=tuple(cells.values()))
 
@@ -355,11 +322,6 @@ def _training(args: Args, method: str) -> Training[Any]:
 
 def _cell(method: str, task: str, seed: int) -> str:
     return f"train/{method}/{task}/{seed}"
-
-
-def _first_seed(seed: int, purpose: int) -> int:
-    """Where the seeds of initial states begin: 0 for collecting, 1 for evaluation, 2 for learning curves."""
-    return 10_000_000 * seed + 1_000_000 * purpose
 
 
 def _check(args: Args) -> None:

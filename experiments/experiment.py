@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,24 +28,27 @@ import tyro
 import envs
 from agents.bc import BCAgent, BCConfig
 from agents.cpl import CPLAgent, CPLConfig
+from agents.piql import PIQLAgent, PIQLConfig
 from experiments.grid import JobContext, finished_values
 from robopref.agent import AgentPolicy
 from robopref.checkpoints import restore_checkpoint
 from robopref.configs import from_json, to_json
-from robopref.datasets import PreferenceDataset, TransitionDataset, fit_normalizer
-from robopref.episodes import load_episodes, write_episodes
+from robopref.datasets import PreferenceDataset, RankingDataset, TransitionDataset, best_episodes, fit_normalizer
+from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
+from robopref.evaluation import ranking_scores
 from robopref.files import read_json, write_json
-from robopref.queries import Labels
+from robopref.queries import Labels, Queries
 from robopref.records import read_records
 from robopref.reports import Report, write_report
-from robopref.rollouts import RolloutWorkers
+from robopref.rollouts import RolloutWorkers, film_episode
 from robopref.training import checkpoints, fit, read_metrics
 from robopref.types import Policy, Preferences, Segments
+from robopref.video import side_by_side, write_video
 
 Args = TypeVar("Args")
 Config = TypeVar("Config")
 
-AGENTS: dict[type, Any] = {BCConfig: BCAgent, CPLConfig: CPLAgent}
+AGENTS: dict[type, Any] = {BCConfig: BCAgent, CPLConfig: CPLAgent, PIQLConfig: PIQLAgent}
 """The agent that each configuration configures."""
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,17 +61,19 @@ class Training(Generic[Config]):
 
     Attributes:
         config: the agent's configuration, which also says which agent it is (`AGENTS`).
-        data: all steps of the episodes, the labelled pairs, or the pairs with their labels shuffled.
+        data: all steps of the episodes, the labelled pairs, the pairs with their labels shuffled, or ranked sets.
         updates: gradient steps.
         batch_size: steps or pairs per update.
         checkpoints: how many, evenly spaced; each gives a point of the learning curve.
+        best: of the episodes, the share with the highest true return; the others are left out (%BC).
     """
 
     config: Config
-    data: Literal["episodes", "preferences", "shuffled"]
+    data: Literal["episodes", "preferences", "shuffled", "rankings"]
     updates: int
     batch_size: int
     checkpoints: int = 6
+    best: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ def train(
     episodes: str,
     labels: str,
     seed: tuple[int, int],
+    held_out: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """Job: trains one agent with one seed, then evaluates its checkpoints.
 
@@ -132,22 +139,22 @@ def train(
         episodes: name of the job that stored the episodes.
         labels: name of the job that stored the labels of queries about them.
         seed: seed of the experiment and of the training run.
+        held_out: names of the jobs that stored episodes and labels which the agent is only to rank.
+
+    Returns:
+        `successes` of the last checkpoint, `curve` of successes by step, `metrics`, `seconds_per_update` (compilation
+        included; None if nothing was left to train), and, for held-out pairs, `rankings`: by scorer, for each decided
+        pair whether the last checkpoint ranks it as labelled.
     """
     dataset = load_episodes(context.folders[episodes] / "episodes")
-    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
-    data: TransitionDataset | PreferenceDataset
-    if training.data == "episodes":
-        data = TransitionDataset.create(dataset)
-    else:
-        queries, answers = read_records(context.folders[labels] / "labels.parquet", dataset)
-        if training.data == "shuffled":
-            answers = shuffle_labels(answers, np.random.default_rng(seed))
-        data = PreferenceDataset.create(queries, answers)
-    create_key, fit_key = jax.random.split(key)
+    data = _training_data(training, dataset, context.folders[labels], seed)
+    create_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(seed[0]), seed[1]))
     agent = AGENTS[type(training.config)].create(
         training.config, data.take(jnp.arange(2)), create_key, normalizer=fit_normalizer(dataset)
     )
     interval = max(1, training.updates // training.checkpoints)
+    left = training.updates - max(checkpoints(context.folder), default=0)
+    began = time.monotonic()
     agent = fit(
         agent,
         data,
@@ -159,6 +166,7 @@ def train(
         checkpoint_every=interval,
         progress=context.progress,
     )
+    seconds_per_update = (time.monotonic() - began) / left if left else None
     with _open_workers(evaluation) as workers:
         curve = {
             step: _successes(
@@ -170,11 +178,46 @@ def train(
             for step, path in checkpoints(context.folder).items()
         }
         final = _successes(workers, AgentPolicy(agent), evaluation.first_seed, evaluation.episodes)
-    return {
+    found: dict[str, Any] = {
         "successes": final,
         "curve": {str(step): successes for step, successes in curve.items()},
         "metrics": read_metrics(context.folder / "metrics.csv"),
+        "seconds_per_update": seconds_per_update,
     }
+    if held_out is not None:
+        queries, answers = _read_labels(context.folders[held_out[0]], context.folders[held_out[1]])
+        found["rankings"] = _rank(agent, PreferenceDataset.create(queries, answers))
+    return found
+
+
+def _training_data(
+    training: Training[Any], dataset: EpisodeDataset, labels: Path, seed: tuple[int, int]
+) -> TransitionDataset | PreferenceDataset | RankingDataset:
+    if training.data == "episodes":
+        chosen = None if training.best == 1.0 else best_episodes(dataset, training.best).tolist()
+        return TransitionDataset.create(dataset, chosen)
+    queries, answers = read_records(labels / "labels.parquet", dataset)
+    if training.data == "rankings":
+        return RankingDataset.create(queries, answers)
+    if training.data == "shuffled":
+        answers = shuffle_labels(answers, np.random.default_rng(seed))
+    return PreferenceDataset.create(queries, answers)
+
+
+def _read_labels(episodes: Path, labels: Path) -> tuple[Queries, Labels]:
+    return read_records(labels / "labels.parquet", load_episodes(episodes / "episodes"))
+
+
+def _rank(agent: Any, pairs: PreferenceDataset, chunk: int = 64) -> dict[str, list[float]]:
+    """For every way in which the agent scores segments: which of the decided pairs it ranks as they were labelled."""
+    chunks = [jnp.arange(i, min(i + chunk, len(pairs.labels))) for i in range(0, len(pairs.labels), chunk)]
+    found = {}
+    for name in ("segment_scores", "policy_segment_scores"):
+        if hasattr(agent, name):
+            score = jax.jit(getattr(type(agent), name))
+            scores = np.concatenate([np.asarray(score(agent, pairs.pairs.take(indices))) for indices in chunks])
+            found[name] = ranking_scores(scores, np.asarray(pairs.labels)).tolist()
+    return found
 
 
 def evaluate_policy(context: JobContext, *, policy: Policy, evaluation: Evaluation) -> dict[str, Any]:
@@ -192,6 +235,36 @@ def shuffle_labels(labels: Labels, rng: np.random.Generator) -> Labels:
     return replace(labels, values=values, labeler=f"{labels.labeler} (shuffled)")
 
 
+def film(
+    context: JobContext,
+    *,
+    env: Mapping[str, Any],
+    trainings: Mapping[str, Training[Any]],
+    cells: Mapping[str, str],
+    expert: Policy,
+    seed: int,
+) -> dict[str, Any]:
+    """Job: films the policies side by side from one initial state, if this machine can draw."""
+    camera = envs.make({**env, "image_size": 240})
+    observation_dim, action_dim = camera.observation_space.shape[0], camera.action_space.shape[0]
+    policies: dict[str, Policy] = {
+        method: AgentPolicy(load_agent(context.folders[cells[method]], training, observation_dim, action_dim))
+        for method, training in trainings.items()
+    }
+    films, captions = {}, {}
+    for done, (name, policy) in enumerate({**policies, "expert": expert}.items()):
+        context.progress(done, len(policies) + 1)
+        try:
+            films[name], solved = film_episode(camera, policy, seed, hold=20)
+        except RuntimeError as error:
+            return {"film": None, "note": f"There is no film: {error}"}
+        captions[name] = ["success" if by_now else "" for by_now in solved]
+    camera.close()
+    write_video(context.folder / "film.mp4", side_by_side(films, captions, columns=4), fps=20)
+    note = "The policies of the first seed, from the same initial state, at half speed."
+    return {"film": "film.mp4", "note": note}
+
+
 def load_agent(folder: Path, training: Training[Any], observation_dim: int, action_dim: int) -> Any:
     """The agent of the last checkpoint that a `train` job left in `folder`."""
     observations, actions = jnp.zeros((2, 2, 1, observation_dim)), jnp.zeros((2, 2, 1, action_dim))
@@ -201,6 +274,11 @@ def load_agent(folder: Path, training: Training[Any], observation_dim: int, acti
     if not saved:
         raise FileNotFoundError(f"there is no checkpoint in {folder}.")
     return restore_checkpoint(saved[max(saved)], template)
+
+
+def first_seed(seed: int, purpose: int) -> int:
+    """Where the seeds of initial states begin: 0 for collecting, 1 for evaluation, 2 for learning curves."""
+    return 10_000_000 * seed + 1_000_000 * purpose
 
 
 def save_run(folder: Path, module: str, args: Any) -> None:

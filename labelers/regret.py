@@ -130,6 +130,81 @@ class RegretTeacher:
         return _regrets(first_values, last_values, windows.rewards(queries, steps), discount)
 
 
+@dataclass(frozen=True, eq=False)
+class MeasuredRegretTeacher:
+    """Answers by regrets that were measured before, such as by `SimulatedRegretTeacher` for a pool of segments.
+
+    Measuring is what costs; any pairing of the measured segments, and any noise, is then free.
+
+    Attributes:
+        dataset_hash: of the episodes that the segments come from.
+        length: of the segments.
+        episodes: of each measured segment.
+        starts: of each measured segment.
+        regrets: of each measured segment, in the unit of the reward.
+        temperature: of the noise, in that unit; 0 is noiseless.
+        tie_threshold: a pair whose regrets differ by less than this is a tie.
+        soft: answer with the probability itself rather than with a draw from it.
+        source: how the regrets were measured, recorded with the labels.
+        name: what the labels say who gave them.
+    """
+
+    dataset_hash: str
+    length: int
+    episodes: Int[np.ndarray, " U"]
+    starts: Int[np.ndarray, " U"]
+    regrets: Float[np.ndarray, " U"]
+    temperature: float = 0.0
+    tie_threshold: float = 1e-9
+    soft: bool = False
+    source: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "simulated_regret"
+
+    def __post_init__(self) -> None:
+        _check(1.0, self.temperature, self.tie_threshold)
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """What `Labels.parameters` records."""
+        noise = {"temperature": self.temperature, "tie_threshold": self.tie_threshold, "soft": self.soft}
+        return {**self.source, **noise}
+
+    def label(self, queries: Queries, key: Key) -> Labels:
+        """Answers every query: pairs with values, K > 2 segments with orders.
+
+        Raises:
+            ValueError: as `segment_regrets`.
+        """
+        regrets = self.segment_regrets(queries)
+        return _labels(regrets, key, self.temperature, self.tie_threshold, self.soft, self.name, self.parameters)
+
+    def segment_regrets(self, queries: Queries) -> Float[np.ndarray, "N K"]:
+        """The regret of every segment, as it was measured.
+
+        Raises:
+            ValueError: the queries are about other episodes, or a segment was not measured.
+        """
+        if (queries.dataset.hash, queries.length) != (self.dataset_hash, self.length):
+            raise ValueError(
+                f"regrets were measured for segments of {self.length} steps of another dataset than"
+                f" {queries.dataset.path}, or of another length than {queries.length}; measure them anew."
+            )
+        order = np.lexsort((self.starts, self.episodes))
+        # One number per segment, in the order of (episode, start), so that a search finds it.
+        span = max(int(queries.dataset.lengths.max()), int(self.starts.max())) + 1
+        known = (self.episodes * span + self.starts)[order]
+        wanted = queries.episodes * span + queries.starts
+        place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        if not np.array_equal(known[place], wanted):
+            query, candidate = np.argwhere(known[place] != wanted)[0]
+            raise ValueError(
+                f"query {query} shows step {queries.starts[query, candidate]} of episode"
+                f" {queries.episodes[query, candidate]}, whose regret was not measured."
+            )
+        found: np.ndarray = self.regrets[order][place]
+        return found
+
+
 @dataclass(frozen=True)
 class _Windows:
     """The U distinct segments of some queries: in pairings of all with all, each occurs many times.

@@ -226,6 +226,35 @@ def claim_verdict(
     return "holds" if above else "fails" if below else "undecided"
 
 
+def ranking_scores(scores: ArrayLike, labels: ArrayLike) -> Float[np.ndarray, " decided"]:
+    """For every decided pair, 1 if its scores are in the order of its label, 0 if not, and 0.5 if they are equal.
+
+    The mean is the ranking accuracy of what gave the scores (Chen et al. 2024, "Preference learning algorithms do not
+    learn preference rankings", arXiv:2405.19534).
+
+    Args:
+        scores: `[N, 2]`, higher for the segment that is thought better.
+        labels: `[N]`, P(the second is preferred); pairs at exactly 0.5 are ties, and left out.
+    """
+    table, answers = np.asarray(scores, float), np.asarray(labels, float)
+    if table.ndim != 2 or table.shape[1:] != (2,) or answers.shape != table.shape[:1]:
+        raise ValueError(f"scores [N, 2] and labels [N] are needed, not {table.shape} and {answers.shape}")
+    decided = answers != 0.5
+    gaps = (table[:, 1] - table[:, 0])[decided] * np.sign(answers[decided] - 0.5)
+    return np.where(gaps == 0, 0.5, gaps > 0).astype(float)
+
+
+def attainable_accuracy(probabilities: ArrayLike) -> float:
+    """The highest ranking accuracy that anything can expect from labels drawn with these P(the second is preferred).
+
+    Whoever knows the probabilities ranks each pair by the likelier answer: mean of max(p, 1 - p) over the pairs where
+    p is not 0.5 (which are labelled as ties).
+    """
+    values = np.asarray(probabilities, float)
+    decided = values[values != 0.5]
+    return float(np.mean(np.maximum(decided, 1 - decided)))
+
+
 def _scores(values: ArrayLike, name: str) -> Scores:
     """`values` as a finite, non-empty float table `[seeds, episodes]`."""
     table = np.asarray(values, dtype=float)

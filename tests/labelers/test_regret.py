@@ -17,7 +17,7 @@ import pytest
 import envs
 from envs.behaviours import Expert, Offset
 from labelers import regret
-from labelers.regret import RegretTeacher, SimulatedRegretTeacher
+from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
 from robopref.queries import Labeler, Queries
 from robopref.rollouts import RolloutWorkers
@@ -388,6 +388,38 @@ def test_a_dead_process_is_one_clear_error(absorbing: EpisodeDataset):
     teacher = simulated(make_env=die, processes=1)
     with pytest.raises(RuntimeError, match="fewer processes"):
         teacher.segment_regrets(all_segments(absorbing).take(np.arange(1)), jax.random.key(0))
+
+
+def measured(dataset: EpisodeDataset, rng: np.random.Generator, **changes: Any) -> MeasuredRegretTeacher:
+    """Of every window of the dataset, in random order."""
+    pool = all_segments(dataset)
+    episodes, starts, regrets = (
+        array.ravel() for array in (pool.episodes, pool.starts, simulated().segment_regrets(pool, jax.random.key(0)))
+    )
+    order = rng.permutation(len(regrets))
+    known = {"episodes": episodes[order], "starts": starts[order], "regrets": regrets[order]}
+    return MeasuredRegretTeacher(**{"dataset_hash": dataset.hash, "length": LENGTH, **known, **changes})
+
+
+@pytest.mark.parametrize("candidates", [2, 3])
+def test_measured_regrets_answer_as_measuring_anew_would(absorbing: EpisodeDataset, candidates: int):
+    queries, key = all_segments(absorbing, candidates), jax.random.key(0)
+    teacher = measured(absorbing, np.random.default_rng(1))
+    np.testing.assert_allclose(teacher.segment_regrets(queries), closed_form(queries), atol=1e-9)
+    ours, theirs = teacher.label(queries, key), simulated().label(queries, key)
+    np.testing.assert_array_equal(*((labels.values if candidates == 2 else labels.orders) for labels in (ours, theirs)))
+
+
+def test_measured_regrets_speak_of_their_own_segments_only(absorbing: EpisodeDataset, terminal: EpisodeDataset):
+    queries = all_segments(absorbing)
+    teacher = measured(absorbing, np.random.default_rng(1))
+    with pytest.raises(ValueError, match=r"another dataset .*; measure them anew"):
+        teacher.label(all_segments(terminal), jax.random.key(0))
+    half = len(teacher.starts) // 2
+    first = [getattr(teacher, name)[:half] for name in ("episodes", "starts", "regrets")]
+    partial = MeasuredRegretTeacher(absorbing.hash, LENGTH, *first)
+    with pytest.raises(ValueError, match=r"query \d+ shows step \d+ of episode \d+, whose regret was not measured"):
+        partial.label(queries, jax.random.key(0))
 
 
 def test_no_queries_have_no_labels(absorbing: EpisodeDataset):

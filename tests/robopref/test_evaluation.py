@@ -16,11 +16,13 @@ from robopref.evaluation import (
     Comparison,
     Interval,
     aggregate_interval,
+    attainable_accuracy,
     claim_verdict,
     compare,
     episodes_needed,
     interquartile_mean,
     probability_of_improvement,
+    ranking_scores,
     return_interval,
     success_interval,
 )
@@ -440,3 +442,35 @@ def test_any_scores_give_an_interval_that_is_in_order(scores: list[tuple[float, 
 
     assert not any(math.isnan(value) for value in (interval.mean, interval.low, interval.high))
     assert interval.low <= interval.high
+
+
+def test_ranking_scores_of_pairs_by_hand() -> None:
+    scores = [(1, 2), (1, 2), (2, 1), (3, 3), (5, 0), (0, 1)]
+    labels = [1.0, 0.0, 0.2, 1.0, 0.5, 0.51]
+    np.testing.assert_array_equal(ranking_scores(scores, labels), [1, 0, 1, 0.5, 1])
+
+
+@given(st.integers(0, 2**31))
+def test_ranking_scores_do_not_care_which_segment_comes_first(seed: int) -> None:
+    rng = _rng(seed)
+    scores, labels = rng.integers(0, 3, (20, 2)), rng.choice([0, 0.3, 0.5, 1], 20)
+    once, swapped = ranking_scores(scores, labels), ranking_scores(scores[:, ::-1], 1 - labels)
+    np.testing.assert_array_equal(once, swapped)
+    np.testing.assert_array_equal(once + ranking_scores(-scores, labels), np.ones(len(once)))
+
+
+def test_ranking_scores_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"scores \[N, 2\] and labels \[N\] are needed"):
+        ranking_scores([[1, 2, 3]], [1])
+
+
+def test_nothing_ranks_drawn_labels_better_than_their_probabilities() -> None:
+    """The mean of max(p, 1 - p); who knows p reaches it, and who ranks some pair otherwise stays below."""
+    probabilities = np.array([0.9, 0.2, 0.6, 0.5])
+    assert attainable_accuracy(probabilities) == pytest.approx((0.9 + 0.8 + 0.6) / 3)
+    drawn = (_rng().random((20_000, 3)) < probabilities[:3]).astype(float)
+    for order, expected in (([1, -1, 1], (0.9 + 0.8 + 0.6) / 3), ([1, 1, 1], (0.9 + 0.2 + 0.6) / 3)):
+        scores = np.stack([np.zeros(3), order], axis=1)
+        reached = np.mean([ranking_scores(scores, labels) for labels in drawn])
+        assert reached == pytest.approx(expected, abs=0.01)
+        assert reached <= attainable_accuracy(probabilities) + 0.01
