@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from envs.env import Env
 
-CONSTRUCTORS = {"metaworld": "envs.metaworld:MetaWorldEnv"}
+CONSTRUCTORS = {"delivery": "envs.delivery:DeliveryEnv", "metaworld": "envs.metaworld:MetaWorldEnv"}
 """From the part of an environment's name before the slash to its class, which takes the part after it as `task`."""
 
 
 def make(config: Mapping[str, Any]) -> Env:
     """Builds the environment that `config` describes, such as `{"name": "metaworld/door-open-v3", "horizon": 200}`.
 
+    With `"observe": "pixels"`, which every environment takes, its images are the observations (pixels.py).
+
     Raises:
         ValueError: there is no environment of that name, or it takes no such argument.
     """
     arguments = dict(config)
     name = str(arguments.pop("name", ""))
+    observe = arguments.pop("observe", None)
+    if observe not in (None, "pixels"):
+        raise ValueError(f'an environment cannot observe {observe!r}; say "pixels", or nothing for its own vectors.')
     family, _, task = name.partition("/")
     if family not in CONSTRUCTORS:
         raise ValueError(f"there is no environment {name!r}{suggestion(family, tuple(CONSTRUCTORS))}")
@@ -33,6 +38,10 @@ def make(config: Mapping[str, Any]) -> Env:
         env: Env = build(**arguments)
     except TypeError as error:
         raise ValueError(f"the environment {name!r} cannot be made from {dict(config)}: {error}.") from error
+    if observe == "pixels":
+        from envs.pixels import PixelEnv
+
+        return PixelEnv(env)
     return env
 
 

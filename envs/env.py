@@ -1,8 +1,9 @@
 """What every environment in this folder keeps to.
 
 1. **Gymnasium's API.** `reset` gives `(observation, info)` and `step` gives `(observation, reward, terminated,
-   truncated, info)`. Observations are one float64 vector inside `observation_space`, actions one float32 vector in
-   `action_space`, rewards plain floats.
+   truncated, info)`. Observations are one float64 vector, or one uint8 image [H, W, 3] where the configuration has
+   `"observe": "pixels"` (pixels.py), inside `observation_space`; actions are one float32 vector in `action_space`,
+   rewards plain floats.
 2. **Seeds.** `reset(seed=s)` gives the same first observation, and with the same actions the same trajectory, bit for
    bit: in a new environment, in a used one, and in another process. `reset()` goes on with the environment's own random
    stream. No environment reads or moves a global random stream.
@@ -11,7 +12,8 @@
    success, `info["success"]` is a bool about the state just reached.
 5. **States.** `get_state` gives everything that the future depends on as one float64 vector, whose length is constant
    for a configuration; `set_state` continues from it bit for bit, also in another instance and another process.
-6. **Images.** `render()` gives uint8 [H, W, 3], upright.
+6. **Images.** `render()` gives uint8 [H, W, 3], upright, of `image_shape`. On one machine, equal states give equal
+   images, so rules 2 and 5 hold for images that are observations.
 7. **Configuration.** `config` holds the JSON values from which `envs.make` builds an equal environment.
 """
 
@@ -26,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 Observation = npt.NDArray[np.float64]
+Image = npt.NDArray[np.uint8]
 Action = npt.NDArray[np.float32]
 State = npt.NDArray[np.float64]
 
@@ -35,10 +38,12 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
 
     Attributes:
         config: the environment's `name` and arguments, as JSON values; what `EpisodeDataset.env` keeps.
+        image_shape: of what `render` gives, (H, W, 3); known without drawing.
     """
 
     render_mode = "rgb_array"
     config: Mapping[str, Any]
+    image_shape: tuple[int, int, int]
     observation_space: gymnasium.spaces.Box[Any]
     action_space: gymnasium.spaces.Box[Any]
 
@@ -47,8 +52,8 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         """All that the future depends on, [S]."""
 
     @abc.abstractmethod
-    def set_state(self, state: State) -> Observation:
-        """Puts the environment into `state` and returns the observation there, [O].
+    def set_state(self, state: State) -> Observation | Image:
+        """Puts the environment into `state` and returns the observation there, [O] or [H, W, 3].
 
         Raises:
             ValueError: `state` is not a state of this environment.

@@ -21,6 +21,7 @@ observations, rewards and infos bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -38,6 +39,14 @@ from robopref.rendering import FlatRenderer
 
 LARGEST_SEED = 2**53 - 1
 """Seeds are kept in states, as float64."""
+
+CPL_VIEW: Mapping[str, Any] = {
+    "camera": "corner2",
+    "camera_position": [1.5, -0.35, 1.1],
+    "camera_fovy": 20.0,
+    "image_size": 64,
+}
+"""The part of a configuration by which images are those of CPL's experiments (Hejna et al., arXiv 2310.13639)."""
 
 _PHYSICS = int(
     mujoco.mjtState.mjSTATE_FULLPHYSICS
@@ -118,21 +127,37 @@ class MetaWorldEnv(Env):
         camera: what `render` looks through: "corner4" shows arm and table from the front right, "corner2" from further
             away; "corner", "corner3", "topview", "behindGripper" and "gripperPOV" are there too.
         image_size: height and width of the images, in pixels.
+        camera_position: where to put the camera, in metres in the frame of what it is fixed to (the scene, but for the
+            two of the gripper); it keeps its orientation. None leaves it where it is.
+        camera_fovy: the camera's vertical field of view, in degrees; None leaves it as it is.
 
     Raises:
-        ValueError: there is no such task or camera, or the horizon is below 1.
+        ValueError: there is no such task or camera, the horizon is below 1, or a number about the camera is none.
     """
 
-    def __init__(self, task: str, horizon: int = 500, camera: str = "corner4", image_size: int = 256) -> None:
+    def __init__(
+        self,
+        task: str,
+        horizon: int = 500,
+        camera: str = "corner4",
+        image_size: int = 256,
+        camera_position: Sequence[float] | None = None,
+        camera_fovy: float | None = None,
+    ) -> None:
         if horizon < 1:
             raise ValueError(f"a horizon of {horizon} steps was asked for; it must be at least 1.")
+        if image_size < 1:
+            raise ValueError(f"images of {image_size} pixels were asked for; they need at least 1.")
         self._task_index = tasks().index(check_task(task))
         self.config = {
             "name": f"metaworld/{task}",
             "horizon": horizon,
             "camera": camera,
             "image_size": image_size,
+            **({} if camera_position is None else {"camera_position": [float(each) for each in camera_position]}),
+            **({} if camera_fovy is None else {"camera_fovy": float(camera_fovy)}),
         }
+        self.image_shape = (image_size, image_size, 3)
         self._horizon = horizon
         self._camera = camera
         self._image_size = image_size
@@ -141,6 +166,7 @@ class MetaWorldEnv(Env):
         cameras = tuple(bare.model.camera(index).name for index in range(bare.model.ncam))
         if camera not in cameras:
             raise ValueError(f"Meta-World has no camera {camera!r}{suggestion(camera, cameras)}")
+        _place_camera(bare.model, cameras.index(camera), camera_position, camera_fovy)
         self._hand = bare.data.body("hand").xpos
         self._right_claw = bare.data.body("rightclaw").xpos
         self._left_claw = bare.data.body("leftclaw").xpos
@@ -304,6 +330,17 @@ class _Start:
         mujoco.mj_setState(bare.model, bare.data, self._physics, _PHYSICS)
         mujoco.mj_forward(bare.model, bare.data)
         bare.init_tcp = bare.tcp_center
+
+
+def _place_camera(model: mujoco.MjModel, index: int, position: Sequence[float] | None, fovy: float | None) -> None:
+    if position is not None:
+        if len(position) != 3 or not np.isfinite(position).all():
+            raise ValueError(f"a camera's position is three finite numbers, not {list(position)}.")
+        model.cam_pos[index] = position
+    if fovy is not None:
+        if not 0 < fovy < 180:
+            raise ValueError(f"a camera's field of view lies between 0 and 180 degrees, not {fovy}.")
+        model.cam_fovy[index] = fovy
 
 
 def _is_own_value(value: object) -> bool:

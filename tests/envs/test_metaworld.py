@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from envs import make
-from envs.metaworld import LARGEST_SEED, MetaWorldEnv, scripted_policy, tasks
+from envs.metaworld import CPL_VIEW, LARGEST_SEED, MetaWorldEnv, scripted_policy, tasks
 from robopref.rendering import no_backend_message, use_rendering_backend
 
 TASKS = tasks()
@@ -253,6 +253,11 @@ def test_config_rebuilds_the_environment() -> None:
         ({"name": "metaworld/reach-v3", "colour": "red"}, "colour"),
         ({"name": "metaworld/reach-v3", "horizon": 0}, "horizon"),
         ({"name": "metaworld/reach-v3", "camera": "corner9"}, "corner"),
+        ({"name": "metaworld/reach-v3", "image_size": 0}, "images of 0 pixels"),
+        ({"name": "metaworld/reach-v3", "camera_position": [1.0, 2.0]}, "three finite numbers"),
+        ({"name": "metaworld/reach-v3", "camera_position": [1.0, 2.0, np.inf]}, "three finite numbers"),
+        ({"name": "metaworld/reach-v3", "camera_position": 1.0}, "cannot be made"),
+        ({"name": "metaworld/reach-v3", "camera_fovy": 180}, "between 0 and 180 degrees"),
     ],
 )
 def test_configurations_that_make_nothing_say_why(config: dict[str, Any], message: str) -> None:
@@ -276,3 +281,38 @@ def test_images_are_upright_and_follow_the_scene() -> None:
     assert not np.array_equal(env.render(), image)
     env.close()
     env.close()
+
+
+def test_a_camera_can_be_put_elsewhere_and_changes_nothing_else() -> None:
+    env, moved = MetaWorldEnv("drawer-open-v3"), MetaWorldEnv("drawer-open-v3", **CPL_VIEW)
+    assert json.loads(json.dumps(moved.config)) == {**env.config, **CPL_VIEW}
+    assert make(moved.config).config == moved.config
+    assert (env.image_shape, moved.image_shape) == ((256, 256, 3), (64, 64, 3))
+    first, other = (follow_script(each, each.reset(seed=3)[0], 20) for each in (env, moved))
+    assert_same(first, other)
+    np.testing.assert_array_equal(env.get_state(), moved.get_state())
+    camera = moved._data.camera("corner2")
+    np.testing.assert_array_equal(camera.xpos, [1.5, -0.35, 1.1])
+    np.testing.assert_allclose(camera.xmat, env._data.camera("corner2").xmat)
+    assert moved._model.camera("corner2").fovy == 20
+    assert moved._model.camera("corner").fovy == env._model.camera("corner").fovy
+
+
+def test_a_narrower_field_of_view_is_the_middle_of_a_wider_one() -> None:
+    if use_rendering_backend() is None:
+        pytest.skip(no_backend_message())
+    size = 96
+    half = float(np.rad2deg(2 * np.arctan(np.tan(np.deg2rad(30)) / 2)))
+    wide, narrow = (
+        MetaWorldEnv("drawer-open-v3", camera="corner2", image_size=edge, camera_fovy=fovy)
+        for edge, fovy in ((2 * size, 60.0), (size, half))
+    )
+    images = []
+    for env in (wide, narrow):
+        env.reset(seed=0)
+        images.append(env.render().astype(float))
+        assert images[-1].shape == env.image_shape
+        env.close()
+    middle = images[0][size // 2 : -size // 2, size // 2 : -size // 2]
+    # Equal but for the edges of things, which fall on other pixels, and details of textures.
+    assert np.mean(np.abs(middle - images[1])) < 4 < np.mean(np.abs(middle - images[1][::-1]))

@@ -19,6 +19,7 @@ from robopref.datasets import (
     check_actions,
 )
 from robopref.queries import Labels, Queries, draw_queries
+from robopref.types import Preferences, Segments
 
 LENGTH = 4
 
@@ -84,6 +85,31 @@ def test_skipped_queries_are_left_out_and_the_others_keep_their_labels(dataset, 
     np.testing.assert_array_equal(batch.segments.actions, slices(queries, episodes, "actions")[kept])
     drawn = preferences.sample(jax.random.key(0), 500)
     assert set(np.unique(drawn.labels)) == {0, 0.25, 0.5, 0.75, 1}
+
+
+def test_pairs_without_episodes_are_the_pairs_that_were_given():
+    rng = np.random.default_rng(0)
+    observations, actions = rng.normal(size=(6, 2, LENGTH, 3)), rng.uniform(-1, 1, (6, 2, LENGTH, 2))
+    labels = np.array([0.0, 1.0, 0.5, 0.3, 1.0, 0.0])
+    pairs = PreferenceDataset.from_preferences(Preferences(Segments(observations, actions), labels))
+    batch = pairs.take(jnp.array([4, 0, 3]))
+    np.testing.assert_array_equal(batch.segments.observations, observations[[4, 0, 3]].astype(np.float32))
+    np.testing.assert_array_equal(batch.segments.actions, actions[[4, 0, 3]].astype(np.float32))
+    np.testing.assert_array_equal(batch.labels, labels[[4, 0, 3]].astype(np.float32))
+    assert pairs.sample(jax.random.key(0), 5).labels.shape == (5,)
+
+    images = rng.integers(0, 256, (6, 2, LENGTH, 4, 4, 3), np.uint8)
+    seen = PreferenceDataset.from_preferences(Preferences(Segments(images, actions), labels)).take(jnp.array([2]))
+    assert seen.segments.observations.dtype == jnp.uint8
+    np.testing.assert_array_equal(seen.segments.observations, images[[2]])
+
+
+def test_pairs_of_another_shape_are_refused():
+    observations, actions, labels = np.zeros((6, 2, LENGTH, 3)), np.zeros((6, 2, LENGTH, 2)), np.zeros(6)
+    for shown, answers in ((actions[:, :1], labels), (actions[:, 0], labels), (actions, labels[:5])):
+        with pytest.raises(ValueError, match="pairs to learn from need") as error:
+            PreferenceDataset.from_preferences(Preferences(Segments(observations, shown), answers))
+        assert one_sentence(error)
 
 
 def test_rankings_come_best_first_without_the_skipped(dataset, episodes):

@@ -4,9 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.signal import correlate
 
+from robopref.agent import num_parameters
 from robopref.datasets import fit_normalizer
-from robopref.networks import MLP, DeterministicPolicy, Normalizer, apply, init
+from robopref.networks import (
+    MLP,
+    Convolutions,
+    DeterministicPolicy,
+    Normalizer,
+    Pixels,
+    Trunk,
+    apply,
+    init,
+    observation_shape,
+)
 
 INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(7, 5)), jnp.float32)
 
@@ -130,3 +142,102 @@ def test_batch_axes_are_kept(batch):
     module = DeterministicPolicy((8, 8), 4)
     params = init(module, jax.random.key(0), jnp.zeros(5))
     assert apply(module, params, jnp.zeros((*batch, 5))).shape == (*batch, 4)
+
+
+PIXELS = Pixels(filters=3, strides=(2, 1), features=6, shift=1)
+IMAGES = np.random.default_rng(2).integers(0, 256, (4, 9, 11, 2), dtype=np.uint8)
+
+
+def layer_norm(inputs: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    centred = inputs - inputs.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6) * scale + offset
+
+
+def shifted(params, by=0.1):
+    """With biases that are not zero and scales that are not one."""
+    return jax.tree.map(lambda leaf: leaf + by, params)
+
+
+def convolved(params, images: np.ndarray, strides: tuple[int, ...]) -> np.ndarray:
+    """The convolutions of one image after the other, channel by channel, and every nth place of what comes out."""
+    outputs = []
+    for image in images:
+        hidden = image / 255.0 - 0.5
+        for index, stride in enumerate(strides):
+            kernel, bias = (np.asarray(params[f"Conv_{index}"][name], np.float64) for name in ("kernel", "bias"))
+            maps = [
+                sum(correlate(hidden[..., c], kernel[..., c, f], "valid") for c in range(hidden.shape[-1])) + bias[f]
+                for f in range(kernel.shape[-1])
+            ]
+            hidden = np.maximum(np.stack(maps, axis=-1)[::stride, ::stride], 0)
+        outputs.append(hidden.ravel())
+    return np.stack(outputs)
+
+
+def test_convolutions_are_those_of_scipy():
+    module = Convolutions(PIXELS)
+    params = shifted(init(module, jax.random.key(0), jnp.asarray(IMAGES)))
+    outputs = module.apply({"params": params}, jnp.asarray(IMAGES))
+    # 9 x 11 becomes 4 x 5 with stride 2, and then 2 x 3.
+    assert outputs.shape == (4, 2 * 3 * 3)
+    expected = convolved(params, IMAGES, PIXELS.strides)
+    assert (expected > 0).any()
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(module.apply({"params": params}, jnp.asarray(IMAGES, jnp.float32)), outputs)
+
+
+def test_a_trunk_is_a_normalised_projection():
+    inputs = np.random.default_rng(3).normal(size=(5, 8))
+    params = shifted(init(Trunk(6), jax.random.key(0), jnp.asarray(inputs, jnp.float32)))
+    dense, norm = params["Dense_0"], params["LayerNorm_0"]
+    projected = inputs @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+    expected = np.tanh(layer_norm(projected, np.asarray(norm["scale"]), np.asarray(norm["bias"])))
+    np.testing.assert_allclose(
+        Trunk(6).apply({"params": params}, jnp.asarray(inputs, jnp.float32)), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_policy_from_pixels_is_an_mlp_behind_an_encoder():
+    module = DeterministicPolicy((8,), 4, pixels=PIXELS)
+    params = shifted(init(module, jax.random.key(0), jnp.asarray(IMAGES)), by=0.05)
+    encoded = Convolutions(PIXELS).apply({"params": params["Convolutions_0"]}, jnp.asarray(IMAGES))
+    features = Trunk(6).apply({"params": params["Trunk_0"]}, encoded)
+    expected = np.tanh(apply(MLP((8,), 4), params["MLP_0"], features))
+    np.testing.assert_allclose(apply(module, params, jnp.asarray(IMAGES)), expected, rtol=1e-5, atol=1e-6)
+    assert params.keys() == {"Convolutions_0", "Trunk_0", "MLP_0"}
+
+
+def test_the_published_policy_has_its_number_of_parameters():
+    """Counted in the authors' code for images of 64 pixels and Meta-World's four actions."""
+    module = DeterministicPolicy((1024, 1024), 4, dropout=0.5, pixels=Pixels())
+    shapes = jax.eval_shape(lambda: init(module, jax.random.key(0), jnp.zeros((64, 64, 3))))
+    convolutions = (9 * 3 * 32 + 32) + 3 * (9 * 32 * 32 + 32)
+    # 64 becomes 31, 29, 27 and 25 pixels.
+    trunk = 25 * 25 * 32 * 50 + 50 + 2 * 50
+    mlp = (50 * 1024 + 1024) + (1024 * 1024 + 1024) + (1024 * 4 + 4)
+    assert num_parameters(shapes) == convolutions + trunk + mlp == 2_134_714
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 2, 3)])
+def test_batch_axes_of_images_are_kept(batch):
+    module = DeterministicPolicy((8,), 4, pixels=PIXELS)
+    params = init(module, jax.random.key(0), jnp.zeros((9, 11, 2)))
+    images = jnp.resize(jnp.asarray(IMAGES), (*batch, 9, 11, 2))
+    actions = apply(module, params, images)
+    assert actions.shape == (*batch, 4)
+    flat = apply(module, params, images.reshape(-1, 9, 11, 2))
+    np.testing.assert_allclose(actions.reshape(-1, 4), flat, rtol=1e-5, atol=1e-6)
+
+
+def test_the_shape_of_one_observation():
+    images = jnp.zeros((7, 2, 3, 9, 11, 2))
+    assert observation_shape(images, PIXELS) == (9, 11, 2)
+    assert observation_shape(jnp.zeros((7, 2, 3, 5)), None) == (5,)
+
+
+def test_the_identity_of_images_is_one_number_for_all_pixels():
+    normalizer = Normalizer.identity((9, 11, 2))
+    assert normalizer.mean.shape == normalizer.std.shape == ()
+    seen = normalizer(jnp.asarray(IMAGES))
+    assert seen.dtype == jnp.float32
+    np.testing.assert_array_equal(seen, IMAGES)
