@@ -33,7 +33,12 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from robopref.images import random_shift
-from robopref.losses import contrastive_preference_loss, plackett_luce_loss, squared_error_log_probability
+from robopref.losses import (
+    all_pairs_loss,
+    contrastive_preference_loss,
+    plackett_luce_loss,
+    squared_error_log_probability,
+)
 from robopref.networks import DeterministicPolicy, Normalizer, Pixels, apply, explore, init, observation_shape
 from robopref.preferences import advantage_sum
 from robopref.types import Key, Metrics, Preferences, PyTree, Rankings, Segments
@@ -53,6 +58,7 @@ class CPLConfig:
             near the data.
         bc_weight: beta of beta * mean(-log pi) over all segments, added to the contrastive loss (CPL-BC).
         preferred_weight: of mean(-log pi) over the preferred segments, or the best of a ranking, added likewise.
+        ranking_loss: of `Rankings`: Plackett-Luce, as CPL(K), or the mean over all pairs in a ranking.
         reference: score segments by log(pi / pi_ref), pi_ref being the policy at the end of pretraining (CPL-KL).
         iteration_updates: the updates after which the policy so far becomes the reference, again and again; None keeps
             the first one. Needs `reference`.
@@ -80,6 +86,7 @@ class CPLConfig:
     conservative_weight: float = 0.5
     bc_weight: float = 0.0
     preferred_weight: float = 0.0
+    ranking_loss: Literal["plackett_luce", "all_pairs"] = "plackett_luce"
     reference: bool = False
     iteration_updates: int | None = None
     extrapolation: float = 0.0
@@ -237,13 +244,14 @@ class CPLAgent(struct.PyTreeNode):
         weight = self.config.conservative_weight
         if isinstance(batch, Rankings):
             accuracy = jnp.mean(jnp.argmax(scores, axis=-1) == 0)
-            return jnp.mean(plackett_luce_loss(scores, weight)), accuracy
+            loss = plackett_luce_loss if self.config.ranking_loss == "plackett_luce" else all_pairs_loss
+            return jnp.mean(loss(scores, weight)), accuracy
         smoothing = self.config.label_smoothing
         labels = (1.0 - smoothing) * batch.labels + 0.5 * smoothing
-        loss = contrastive_preference_loss(scores[..., 0], scores[..., 1], labels, weight)
+        losses = contrastive_preference_loss(scores[..., 0], scores[..., 1], labels, weight)
         decided = batch.labels != 0.5
         right = (scores[..., 1] > scores[..., 0]) == (batch.labels > 0.5)
-        return jnp.mean(loss), jnp.sum(right & decided) / jnp.maximum(jnp.sum(decided), 1)
+        return jnp.mean(losses), jnp.sum(right & decided) / jnp.maximum(jnp.sum(decided), 1)
 
 
 def _policy(config: CPLConfig, action_dim: int) -> DeterministicPolicy:

@@ -46,6 +46,7 @@ from agents.iql import IQLConfig
 from agents.piql import PIQLConfig
 from agents.reward_model import RewardModelConfig
 from envs.behaviours import Expert
+from envs.metaworld import CPL_VIEW
 from experiments.demo import behaviours
 from experiments.experiment import (
     RESULTS,
@@ -62,7 +63,8 @@ from experiments.experiment import (
     train,
 )
 from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
-from labelers.regret import MeasuredRegretTeacher, SimulatedRegretTeacher
+from experiments.oracle import load_oracle
+from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from robopref.episodes import EpisodeDataset, load_episodes
 from robopref.evaluation import (
     Comparison,
@@ -73,11 +75,13 @@ from robopref.evaluation import (
     success_interval,
 )
 from robopref.files import atomic_write
+from robopref.networks import Pixels
 from robopref.queries import Queries, draw_segments, label_statistics, pair_segments
 from robopref.records import write_records
 from robopref.reports import LabelStatistics, MethodComparison, Report, print_table
 
 Pairing: TypeAlias = Literal["dense", "sparse", "ranked"]
+TeacherName: TypeAlias = Literal["regret", "oracle_regret", "oracle_cpl_release", "partial_return"]
 
 METHODS = (
     "bc",
@@ -97,6 +101,13 @@ METHODS = (
 SUCCESS = "success rate"
 SMOOTHED = "success rate, best smoothed checkpoint"
 RANKING = "ranking accuracy, held-out pairs"
+
+_TEACHERS: Mapping[TeacherName, str] = {
+    "regret": "the smaller regret against the scripted expert",
+    "oracle_regret": "the smaller regret by a SAC oracle",
+    "oracle_cpl_release": "the authors' stand-in for regret, by a SAC oracle",
+    "partial_return": "the greater partial return",
+}
 
 PUBLISHED: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "bin-picking-v3": {"dense": (66.9, 70.6, 80.0), "sparse": (67.0, 75.0, 83.2)},
@@ -181,10 +192,15 @@ class Args:
         sparse_segments: how many are compared in one pair each; an even number.
         candidates: segments in a ranked set of CPL(K).
         ranked_sets: of CPL(K), drawn among the dense segments.
-        teacher: prefers the smaller regret against the scripted expert, or the greater partial return.
+        teacher: prefers the smaller regret against the scripted expert, exactly, by the simulator (`regret`); by the
+            values of a SAC oracle (`oracle_regret`); what the authors' code takes for it (`oracle_cpl_release`, see
+            labelers/regret.py); or the greater partial return.
+        oracles: folder of a finished run of `experiments.oracle`, for the teachers that need one.
         discount: of the regret.
         expert_horizon: steps that the expert goes on for beyond a segment.
         temperature: of the teacher's noise, in the unit of the reward; 0 is noiseless, as published.
+        observe: vectors or images; images are rendered from stored states, as in the paper but without effects.
+        image_size: height and width of the images, in pixels.
         bc: behaviour cloning of all episodes.
         best: share of the episodes that %BC clones.
         sft: behaviour cloning of all segments, then of the preferred ones.
@@ -218,10 +234,13 @@ class Args:
     sparse_segments: int = 2000
     candidates: int = 4
     ranked_sets: int = 2000
-    teacher: Literal["regret", "partial_return"] = "regret"
+    teacher: TeacherName = "regret"
+    oracles: Path | None = None
     discount: float = 0.99
     expert_horizon: int = 80
     temperature: float = 0.0
+    observe: Literal["state", "pixels"] = "state"
+    image_size: int = 64
     bc: Training[BCConfig] = BC
     best: float = 0.1
     sft: Training[BCConfig] = SFT
@@ -243,6 +262,48 @@ class Args:
 
 def _smoke(training: Training[Any], config: Any) -> Training[Any]:
     return replace(training, config=config, updates=6, batch_size=4, checkpoints=2)
+
+
+def _paper_pixels(*, updates: int, pretrain_updates: int, pairs: int, methods: tuple[str, ...]) -> Args:
+    """The published experiments from images; a checkpoint every 2,500 updates."""
+    paper = PRESETS["paper"]
+    seen: dict[str, Any] = {"hidden_dims": (1024, 1024), "dropout": 0.5, "pixels": Pixels(), "learning_rate": 1e-4}
+    dense = "cpl" in methods
+    size: dict[str, Any] = {"updates": updates, "batch_size": pairs, "checkpoints": updates // 2500}
+    # From dense comparisons, all pairs among the 64 segments of a batch are contrasted.
+    contrasted = {"data": "rankings", "batch_size": 1} if dense else {}
+    return replace(
+        paper,
+        preset="paper-pixels" if dense else "paper-pixels-sparse",
+        methods=methods,
+        seeds=(0, 1, 2),
+        observe="pixels",
+        candidates=64,
+        bc_weight=1.5,
+        bc=replace(paper.bc, config=replace(paper.bc.config, **seen)),
+        sft=replace(paper.sft, config=replace(paper.sft.config, **seen, pretrain_updates=pretrain_updates), **size),
+        piql=replace(
+            paper.piql,
+            config=PIQLConfig(
+                reward=RewardModelConfig(
+                    hidden_dims=(1024, 1024), ensemble=1, learning_rate=1e-4, pixels=seen["pixels"]
+                ),
+                iql=replace(paper.piql.config.iql, **seen, decay_updates=updates),
+                reward_updates=paper.piql.config.reward_updates,
+            ),
+            **size,
+        ),
+        cpl=replace(
+            paper.cpl,
+            config=replace(
+                paper.cpl.config,
+                **seen,
+                pretrain_updates=pretrain_updates,
+                ranking_loss="all_pairs" if dense else "plackett_luce",
+            ),
+            **{**size, **contrasted},
+        ),
+    )
 
 
 DEFAULT = Args()
@@ -337,6 +398,12 @@ PRESETS = {
         smoothing=8,
     ),
 }
+PRESETS["paper-pixels"] = _paper_pixels(
+    updates=120_000, pretrain_updates=40_000, pairs=32, methods=("sft", "piql", "cpl", "cpl-bc", "cpl-kl")
+)
+PRESETS["paper-pixels-sparse"] = _paper_pixels(
+    updates=200_000, pretrain_updates=80_000, pairs=48, methods=("sft-sparse", "piql-sparse", "cpl-sparse")
+)
 
 
 def jobs(args: Args) -> list[Job]:
@@ -372,8 +439,14 @@ def jobs(args: Args) -> list[Job]:
         )
         for seed in args.seeds:
             every += _seed_jobs(args, task, seed, env, asked)
-        every.append(_film_job(args, task, env))
+        if args.observe == "state":
+            every.append(_film_job(args, task, env))
     return every
+
+
+def _view(env: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """The environment as the paper's agents see it."""
+    return {**env, **CPL_VIEW, "image_size": image_size, "observe": "pixels"}
 
 
 def _measure_job(args: Args, task: str, name: str, episodes: str, count: int) -> Job:
@@ -382,6 +455,7 @@ def _measure_job(args: Args, task: str, name: str, episodes: str, count: int) ->
         "count": count,
         "length": args.length,
         "teacher": args.teacher,
+        "oracle": None if args.oracles is None else str(args.oracles / "oracle" / task),
         "expert": Expert(task),
         "discount": args.discount,
         "expert_horizon": args.expert_horizon,
@@ -391,16 +465,18 @@ def _measure_job(args: Args, task: str, name: str, episodes: str, count: int) ->
 
 
 def _seed_jobs(args: Args, task: str, seed: int, env: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Job]:
+    view = None if args.observe == "state" else _view(env, args.image_size)
     evaluation = Evaluation(
-        env,
+        view or env,
         episodes=args.evaluation_episodes,
         first_seed=first_seed(args.seed, 1) + 10_000 * seed,
         curve_episodes=args.curve_episodes,
         curve_first_seed=first_seed(args.seed, 2),
     )
-    every = [Job(_cell("expert", task, seed), evaluate_policy, {"policy": Expert(task), "evaluation": evaluation})]
+    scripted = {"policy": Expert(task), "evaluation": replace(evaluation, env=env)}
+    every = [Job(_cell("expert", task, seed), evaluate_policy, scripted)]
     episodes, segments = f"episodes/{task}", f"segments/{task}"
-    for pairing in sorted({_pairing(method) for method in args.methods}):
+    for pairing in sorted({_pairing(args, method) for method in args.methods}):
         count = args.sparse_segments if pairing == "sparse" else args.dense_segments
         arguments = {
             **asked,
@@ -414,7 +490,7 @@ def _seed_jobs(args: Args, task: str, seed: int, env: Mapping[str, Any], asked: 
         every.append(Job(_labels(pairing, task, seed), label, arguments, needs=(episodes, segments)))
     held_out = (f"held-out/{task}", f"labels/held-out/{task}")
     for method in args.methods:
-        labels = _labels(_pairing(method), task, seed)
+        labels = _labels(_pairing(args, method), task, seed)
         arguments = {
             "training": _training(args, method),
             "evaluation": evaluation,
@@ -422,6 +498,7 @@ def _seed_jobs(args: Args, task: str, seed: int, env: Mapping[str, Any], asked: 
             "episodes": episodes,
             "labels": labels,
             "held_out": held_out,
+            "view": view,
         }
         every.append(Job(_cell(method, task, seed), train, arguments, needs=(episodes, labels, *held_out)))
     return every
@@ -446,7 +523,8 @@ def measure(
     episodes: str,
     count: int,
     length: int,
-    teacher: str,
+    teacher: TeacherName,
+    oracle: str | None,
     expert: Expert,
     discount: float,
     expert_horizon: int,
@@ -455,6 +533,9 @@ def measure(
     """Job: draws segments from the episodes, and measures by how much each falls short.
 
     By regret, it is what the expert would have earned more. By partial return, it is minus the partial return.
+
+    Raises:
+        ValueError: the oracle is of another task, or did not pass its examination.
     """
     dataset = load_episodes(context.folders[episodes] / "episodes")
     drawn, starts = draw_segments(dataset, np.random.default_rng(seed), count=count, length=length)
@@ -462,10 +543,10 @@ def measure(
     source: dict[str, Any] = {"measured": teacher}
     if teacher == "partial_return":
         shortfalls = -pairs.partial_returns
-    else:
+    elif teacher == "regret":
         horizon = int(dataset.lengths.max()) + length + expert_horizon
         simulated = SimulatedRegretTeacher(
-            functools.partial(_simulator, {**dataset.env, "horizon": horizon}),
+            functools.partial(envs.make, {**dataset.env, "horizon": horizon}),
             expert,
             expert_horizon=expert_horizon,
             discount=discount,
@@ -473,13 +554,23 @@ def measure(
         )
         shortfalls = simulated.segment_regrets(pairs, jax.random.key(seed))
         source |= {"expert": dict(expert.describe(0)), "expert_horizon": expert_horizon, "discount": discount}
+    else:
+        judge = _load_judge(teacher, oracle, dataset)
+        shortfalls = judge.segment_regrets(pairs)
+        source |= judge.parameters
     with atomic_write(context.folder / "segments.npz") as path, path.open("wb") as file:
         np.savez(file, episodes=drawn, starts=starts, shortfalls=shortfalls.ravel())
     return {"length": length, "source": source, "mean_shortfall": float(shortfalls.mean())}
 
 
-def _simulator(config: Mapping[str, Any]) -> Any:
-    return envs.make(config)
+def _load_judge(teacher: TeacherName, oracle: str | None, dataset: EpisodeDataset) -> RegretTeacher:
+    assert oracle is not None
+    found = load_oracle(Path(oracle))
+    if found.env["name"] != dataset.env["name"]:
+        raise ValueError(
+            f"the oracle in {oracle} is of {found.env['name']}, but the episodes of {dataset.env['name']}."
+        )
+    return found.teacher("cpl_release" if teacher == "oracle_cpl_release" else "deterministic")
 
 
 def label(
@@ -579,7 +670,7 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
         times = _training_times(args, task, values)
         rows += _speed_rows(times, task, rng)
         claims += _speed_claim(times, task, rng)
-    made_film = values[f"film/{args.tasks[0]}"]
+    made_film = values.get(f"film/{args.tasks[0]}", {"film": None, "note": "Policies that see images are not filmed."})
     return Report(
         title="Contrastive preference learning and its rivals",
         summary=_summary(args, claims),
@@ -649,8 +740,10 @@ def _training(args: Args, method: str) -> Training[Any]:
     return made[base]
 
 
-def _pairing(method: str) -> Pairing:
-    return "sparse" if method.endswith("-sparse") else "ranked" if method == "cpl-k" else "dense"
+def _pairing(args: Args, method: str) -> Pairing:
+    if method.endswith("-sparse"):
+        return "sparse"
+    return "ranked" if _training(args, method).data == "rankings" else "dense"
 
 
 def _cell(method: str, task: str, seed: int) -> str:
@@ -681,7 +774,7 @@ def _published(claim: Claim, task: str) -> float | None:
         column = columns.get(method.removesuffix("-sparse"))
         if column is None or task not in PUBLISHED:
             return None
-        total += weight * PUBLISHED[task][_pairing(method)][column] / 100
+        total += weight * PUBLISHED[task]["sparse" if method.endswith("-sparse") else "dense"][column] / 100
     return round(total, 3)
 
 
@@ -756,10 +849,10 @@ def _speed_claim(
 
 
 def _label_facts(args: Args, values: Mapping[str, Any]) -> LabelStatistics:
-    told = values[_labels(_pairing(args.methods[0]), args.tasks[0], args.seeds[0])]
+    told = values[_labels(_pairing(args, args.methods[0]), args.tasks[0], args.seeds[0])]
     pairs = args.dense_segments * (args.dense_segments - 1) // 2
     facts: dict[str, str | float] = {
-        "teacher": "the smaller regret against the scripted expert" if args.teacher == "regret" else "partial return",
+        "teacher": _TEACHERS[args.teacher],
         "dense": f"{pairs} pairs of {args.dense_segments} segments of {args.length} steps",
         "sparse": f"{args.sparse_segments // 2} pairs of {args.sparse_segments} segments",
         "noise": f"temperature {args.temperature:g}",
@@ -804,6 +897,10 @@ def _check(args: Args) -> None:
         raise ValueError(f"{largest} segments cannot be drawn from a --pool of {args.pool}.")
     if not 2 <= args.candidates <= args.dense_segments:
         raise ValueError(f"--candidates must lie between 2 and {args.dense_segments}, not {args.candidates}.")
+    if args.teacher.startswith("oracle") and args.oracles is None:
+        raise ValueError(
+            f"--teacher {args.teacher} needs --oracles, the folder of a finished run of experiments.oracle."
+        )
     if not (0 <= args.discount <= 1 and args.temperature >= 0 and math.isfinite(args.temperature)):
         raise ValueError("the discount must lie in [0, 1], and the temperature must not be negative.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import functools
 import importlib
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -37,6 +38,8 @@ from robopref.datasets import PreferenceDataset, RankingDataset, TransitionDatas
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
 from robopref.evaluation import ranking_scores
 from robopref.files import read_json, write_json
+from robopref.frames import FrameCache
+from robopref.progress import ProgressCallback
 from robopref.queries import Labels, Queries
 from robopref.records import read_records
 from robopref.reports import Report, write_report
@@ -132,6 +135,7 @@ def train(
     labels: str,
     seed: tuple[int, int],
     held_out: tuple[str, str] | None = None,
+    view: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Job: trains one agent with one seed, then evaluates its checkpoints.
 
@@ -140,6 +144,8 @@ def train(
         labels: name of the job that stored the labels of queries about them.
         seed: seed of the experiment and of the training run.
         held_out: names of the jobs that stored episodes and labels which the agent is only to rank.
+        view: configuration of an environment that observes images, for an agent that learns from them: they are
+            rendered from the stored states, into a cache beside the episodes, as they are needed.
 
     Returns:
         `successes` of the last checkpoint, `curve` of successes by step, `metrics`, `seconds_per_update` (compilation
@@ -147,10 +153,14 @@ def train(
         pair whether the last checkpoint ranks it as labelled.
     """
     dataset = load_episodes(context.folders[episodes] / "episodes")
-    data = _training_data(training, dataset, context.folders[labels], seed)
+    with _frames(context.folders[episodes], dataset, view, context.progress) as frames:
+        data = _training_data(training, dataset, context.folders[labels], seed, frames)
     create_key, fit_key = jax.random.split(jax.random.fold_in(jax.random.key(seed[0]), seed[1]))
     agent = AGENTS[type(training.config)].create(
-        training.config, data.take(jnp.arange(2)), create_key, normalizer=fit_normalizer(dataset)
+        training.config,
+        data.take(jnp.arange(2)),
+        create_key,
+        normalizer=fit_normalizer(dataset) if view is None else None,
     )
     interval = max(1, training.updates // training.checkpoints)
     left = training.updates - max(checkpoints(context.folder), default=0)
@@ -186,22 +196,38 @@ def train(
     }
     if held_out is not None:
         queries, answers = _read_labels(context.folders[held_out[0]], context.folders[held_out[1]])
-        found["rankings"] = _rank(agent, PreferenceDataset.create(queries, answers))
+        with _frames(context.folders[held_out[0]], queries.dataset, view, context.progress) as frames:
+            found["rankings"] = _rank(agent, PreferenceDataset.create(queries, answers, frames))
     return found
 
 
+@contextlib.contextmanager
+def _frames(
+    folder: Path, dataset: EpisodeDataset, view: Mapping[str, Any] | None, progress: ProgressCallback
+) -> Iterator[FrameCache | None]:
+    if view is None:
+        yield None
+        return
+    with FrameCache(folder / "frames", dataset, functools.partial(envs.make, view), progress=progress) as frames:
+        yield frames
+
+
 def _training_data(
-    training: Training[Any], dataset: EpisodeDataset, labels: Path, seed: tuple[int, int]
+    training: Training[Any],
+    dataset: EpisodeDataset,
+    labels: Path,
+    seed: tuple[int, int],
+    frames: FrameCache | None,
 ) -> TransitionDataset | PreferenceDataset | RankingDataset:
     if training.data == "episodes":
         chosen = None if training.best == 1.0 else best_episodes(dataset, training.best).tolist()
-        return TransitionDataset.create(dataset, chosen)
+        return TransitionDataset.create(dataset, chosen, frames)
     queries, answers = read_records(labels / "labels.parquet", dataset)
     if training.data == "rankings":
-        return RankingDataset.create(queries, answers)
+        return RankingDataset.create(queries, answers, frames)
     if training.data == "shuffled":
         answers = shuffle_labels(answers, np.random.default_rng(seed))
-    return PreferenceDataset.create(queries, answers)
+    return PreferenceDataset.create(queries, answers, frames)
 
 
 def _read_labels(episodes: Path, labels: Path) -> tuple[Queries, Labels]:
@@ -277,7 +303,7 @@ def load_agent(folder: Path, training: Training[Any], observation_dim: int, acti
 
 
 def first_seed(seed: int, purpose: int) -> int:
-    """Where the seeds of initial states begin: 0 for collecting, 1 for evaluation, 2 for learning curves."""
+    """Where the seeds of initial states begin: 0 collects, 1 evaluates, 2 is for curves, 3 held out."""
     return 10_000_000 * seed + 1_000_000 * purpose
 
 

@@ -445,7 +445,7 @@ class _Rollouts:
             with _explained(span, step):
                 # A copy: a policy's actions may be a view into a buffer that it fills again at the next step.
                 observation, reward, terminated, *_ = self._env.step(np.array(actions[0]))
-            rewards[step] = reward
+            rewards[step] = float(reward)
             if terminated:
                 break
         return float(rewards @ self._expert.discount ** np.arange(steps))

@@ -55,6 +55,18 @@ def plackett_luce_loss(advantages: Float[Array, "*B K"], conservative_weight: fl
     return jnp.sum(jax.nn.softplus(rivals - advantages[..., :-1]), axis=-1)
 
 
+def all_pairs_loss(advantages: Float[Array, "*B K"], conservative_weight: float = 1.0) -> Float[Array, "*B"]:
+    """Mean `contrastive_preference_loss` over all K (K - 1) / 2 pairs of a ranking, given advantage sums best first.
+
+    K segments are scored once for all their pairs; the released code of contrastive preference learning compares the
+    segments of a batch in this way where every comparison among them is known.
+    """
+    count = advantages.shape[-1]
+    losses = jax.nn.softplus(conservative_weight * advantages[..., None, :] - advantages[..., :, None])
+    # Row i, column j: i was ranked above j.
+    return jnp.sum(jnp.triu(losses, k=1), axis=(-2, -1)) / (count * (count - 1) / 2)
+
+
 def squared_error_log_probability(actions: Float[Array, "*B A"], means: Float[Array, "*B A"]) -> Float[Array, "*B"]:
     """-||actions - means||^2: the log-density of a Gaussian of variance 1/2, without its constant.
 

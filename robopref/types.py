@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, SupportsFloat, TypeAlias
 
 import jax
 import numpy as np
@@ -74,7 +74,7 @@ class Simulator(Protocol):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]: ...
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]: ...
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]: ...
     def get_state(self) -> Float[np.ndarray, " S"]: ...
     def set_state(self, state: Float[np.ndarray, " S"]) -> Float[np.ndarray, " O"]:
         """Puts the simulator into `state` and returns the observation of that state."""

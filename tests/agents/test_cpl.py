@@ -342,6 +342,21 @@ def test_rpo_adds_the_cloning_of_what_was_preferred(weight: float):
     np.testing.assert_allclose(added, -weight * np.mean(cloned), rtol=1e-4)
 
 
+def test_all_pairs_of_rankings_of_two_are_pairs():
+    batch = random_pairs(np.zeros(4))
+    pairs, rankings = (at(create(batch, ranking_loss="all_pairs"), PRETRAIN) for _ in range(2))
+    np.testing.assert_allclose(loss(pairs, batch)[0], loss(rankings, Rankings(batch.segments))[0], rtol=1e-6)
+
+
+def test_all_pairs_of_a_ranking_are_contrasted_one_by_one():
+    rankings = Rankings(random_segments(np.random.default_rng(3), 2, 4))
+    agent = at(create(rankings, ranking_loss="all_pairs", conservative_weight=0.5), PRETRAIN)
+    scores = np.asarray(agent.segment_scores(rankings.segments), np.float64)
+    pairs = [scores[:, [i, j]] for i in range(4) for j in range(i + 1, 4)]
+    expected = np.mean([pair_loss(pair, np.zeros(2), 0.5) for pair in pairs])
+    np.testing.assert_allclose(loss(agent, rankings)[0], expected, rtol=1e-5)
+
+
 def test_pro_adds_the_cloning_of_the_best():
     rankings = Rankings(random_segments(np.random.default_rng(3), 5, 4))
     plain, pro = (at(create(rankings, preferred_weight=weight), PRETRAIN) for weight in (0.0, 1.5))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robopref.losses import (
+    all_pairs_loss,
     contrastive_preference_loss,
     expectile_loss,
     plackett_luce_loss,
@@ -241,3 +242,20 @@ def test_the_expectile_loss_by_its_formula():
     np.testing.assert_allclose(expectile_loss(jnp.asarray(differences), 0.8), expected, rtol=1e-5)
     half = expectile_loss(jnp.asarray(differences), 0.5)
     np.testing.assert_allclose(half, differences**2 / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_all_pairs_of_a_ranking_are_pairs_of_which_the_first_is_preferred(weight: float) -> None:
+    scores = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
+    pairs = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    one_by_one = [
+        contrastive_preference_loss(scores[..., i], scores[..., j], np.zeros((3, 2)), weight) for i, j in pairs
+    ]
+    np.testing.assert_allclose(all_pairs_loss(scores, weight), np.mean(one_by_one, axis=0), rtol=1e-5)
+
+
+def test_all_pairs_losses_and_gradients_are_finite_at_any_size() -> None:
+    scores = np.array([1e4, -1e4, 3e3, 0.0], np.float32)
+    value, gradient = jax.value_and_grad(all_pairs_loss)(scores)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
