@@ -11,7 +11,7 @@ ensemble of critics Q_i with slowly following targets Q'_i, and a policy mu are 
 Three things are not as in that paper. `temperature` is 1 / beta, and the policy is deterministic with the squared error
 as -log pi, both as in the P-IQL of Hejna et al. 2023 (arXiv:2310.13639). And all three losses are taken at the same
 parameters, those before the update, where the authors' code lets the policy and the critics see the value of after it:
-V(s) and V(s') are then one matrix product, and the whole update one gradient.
+the whole update is then one gradient.
 
 From images (Yarats et al. 2021, arXiv:2107.09645) policy, critics and value see the output of the same convolutions,
 which only the policy's loss changes, each through a trunk of its own; the critics share theirs.
@@ -164,15 +164,17 @@ class IQLAgent(struct.PyTreeNode):
         before, last = _split_last(self.normalizer(observations), _time_axis(config.pixels))
         encoded = self._encode(params, before)
         fixed = jax.lax.stop_gradient(encoded)
-        every = jnp.concatenate([fixed, self._encode(jax.lax.stop_gradient(params), last)], axis=-2)
 
-        values = apply(_value(config), params["value"], every)
+        values = apply(_value(config), params["value"], fixed)
         target_q = jnp.min(apply(_critics(config), self.target_params, fixed, steps.actions), axis=0)
-        advantages = target_q - values[..., :-1]
+        advantages = target_q - values
         value_loss = jnp.mean(expectile_loss(advantages, config.expectile))
 
-        next_values = jax.lax.stop_gradient(jnp.where(steps.terminated, 0.0, values[..., 1:]))
-        targets = steps.rewards + config.discount * next_values
+        # Only the last successor's value is not at hand already.
+        held = jax.lax.stop_gradient(params)
+        last_value = apply(_value(config), held["value"], self._encode(held, last))
+        next_values = jnp.concatenate([jax.lax.stop_gradient(values[..., 1:]), last_value], axis=-1)
+        targets = steps.rewards + config.discount * jnp.where(steps.terminated, 0.0, next_values)
         q_values = apply(_critics(config), params["critics"], fixed, steps.actions)
         critic_loss = jnp.mean(jnp.sum(jnp.square(q_values - targets), axis=0))
 

@@ -444,18 +444,20 @@ def test_orders_put_the_best_first(name: str, dataset: EpisodeDataset, point: An
 
 # Environments
 
+DELIVERY = {"name": "delivery", "rows": ["..r:", "c.h.", "...."], "horizon": 12}
 ENVIRONMENTS = {
-    "delivery": {"name": "delivery", "rows": ["..r:", "c.h.", "...."], "horizon": 12},
+    "delivery": DELIVERY,
+    "delivery_pixels": {**DELIVERY, "observe": "pixels", "cell_size": 8},
     "metaworld": {"name": "metaworld/door-open-v3", "horizon": 12},
     "metaworld_pixels": {"name": "metaworld/door-open-v3", "horizon": 12, "observe": "pixels", **CPL_VIEW},
 }
-"""One of each family, and one that is seen as images; tests/envs has every task of each."""
+"""One of each family, also seen as images; tests/envs has every task of each."""
 
 
 @pytest.fixture(scope="module", params=ENVIRONMENTS)
 def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     chosen = ENVIRONMENTS[request.param]
-    if chosen.get("observe") == "pixels" and use_rendering_backend() is None:
+    if request.param == "metaworld_pixels" and use_rendering_backend() is None:
         pytest.skip(no_backend_message())
     return chosen
 

@@ -137,8 +137,7 @@ def expected_rewards(agent: RewardModelAgent, segments: Segments) -> np.ndarray:
 NORMALIZER = Normalizer(mean=jnp.array([0.5, -1.0, 0.0]), std=jnp.array([2.0, 1.0, 0.5]))
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(("network", "reduction"), [("mlp", "sum"), ("transformer", "mean")])
 def test_the_loss_is_the_formula(network: str, reduction: str):
     batch, smoothing = random_pairs(), 0.2
     agent = create(batch, normalizer=NORMALIZER, network=network, reduction=reduction, label_smoothing=smoothing)
@@ -158,8 +157,7 @@ def test_the_loss_is_the_formula(network: str, reduction: str):
     np.testing.assert_allclose(metrics["reward/disagreement"], logits.std(axis=0).mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(("network", "reduction"), [("mlp", "mean"), ("transformer", "sum")])
 def test_a_score_is_the_reduction_of_the_rewards_and_the_mean_over_members(network: str, reduction: str):
     segments = random_segments(0, 4, 2)
     agent = create(random_pairs(), network=network, reduction=reduction)
@@ -215,8 +213,7 @@ def parts(agent: RewardModelAgent, segments: Segments) -> tuple[np.ndarray, np.n
     return np.asarray(kept["intermediates"]["rewards"][0]), np.asarray(kept["intermediates"]["weights"][0])
 
 
-@pytest.mark.parametrize("changed", ["observations", "actions"])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("changed", "layers"), [("observations", 1), ("actions", 2)])
 def test_the_transformer_sees_the_past_and_weighs_the_whole(changed: str, layers: int):
     segments, time = random_segments(0, 4), 2
     agent = create(random_pairs(), network="transformer", layers=layers)
