@@ -666,7 +666,7 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
         attainable = values[f"labels/held-out/{task}"]["attainable"]
         n = int(values[f"labels/held-out/{task}"]["n"])
         estimate = {"n": n, "seeds": 1, "mean": attainable, "low": attainable, "high": attainable}
-        rows.append({"method": "best attainable", "task": task, "metric": RANKING, **estimate})
+        rows.append({"method": "best attainable", "task": task, "metric": RANKING, "unit": "pair", **estimate})
         times = _training_times(args, task, values)
         rows += _speed_rows(times, task, rng)
         claims += _speed_claim(times, task, rng)
@@ -795,7 +795,7 @@ def _ranking_rows(
         # Where a method has two scorers, the segments are compared by its reward model, and by its policy as well.
         name = f"{method} (policy)" if scorer == "policy_segment_scores" else method
         estimate = return_interval([cell["rankings"][scorer] for cell in cells], rng)
-        rows.append({"method": name, "task": task, "metric": RANKING, **vars(estimate)})
+        rows.append({"method": name, "task": task, "metric": RANKING, "unit": "pair", **vars(estimate)})
     return rows
 
 
@@ -827,7 +827,7 @@ def _speed_rows(
         estimate = return_interval(logarithms[:, None], rng)
         ends = {name: math.exp(getattr(estimate, name)) for name in ("mean", "low", "high")}
         counts = {"n": estimate.n, "seeds": estimate.seeds}
-        rows.append({"method": method, "task": task, "metric": "training time (s)", **counts, **ends})
+        rows.append({"method": method, "task": task, "metric": "training time (s)", "unit": "run", **counts, **ends})
     return rows
 
 

@@ -539,7 +539,13 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
                 estimates |= _tie_interval(logits, labels, rng)
             # n are pairs, and seeds the repetitions over which each of them was averaged.
             rows += [
-                {"method": method, "task": task, "metric": metric, **vars(replace(estimate, seeds=len(args.seeds)))}
+                {
+                    "method": method,
+                    "task": task,
+                    "metric": metric,
+                    "unit": "pair",
+                    **vars(replace(estimate, seeds=len(args.seeds))),
+                }
                 for metric, estimate in estimates.items()
             ]
             if method != MAJORITY:
@@ -550,7 +556,7 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
         for name, subject, ours, theirs in CLAIMS:
             if ours in cells and theirs in cells:
                 outcome = compare(outcomes[ours, AGREEMENT], outcomes[theirs, AGREEMENT], rng)
-                comparisons.append(MethodComparison(ours, theirs, AGREEMENT, outcome, task))
+                comparisons.append(MethodComparison(ours, theirs, AGREEMENT, outcome, task, unit="pair"))
                 claim = f"{task}: {subject} agrees with held-out labels more often than the {theirs} does"
                 claims.append(_claim(name, claim, outcome, outcome.difference, "above", 0.0))
         if "mlp" in cells:

@@ -55,13 +55,14 @@ _UNKNOWN = "–"
 
 @dataclass(frozen=True)
 class MethodComparison:
-    """Who was compared with whom, on what, and how it came out."""
+    """Who was compared with whom, on what, and how it came out; `unit` is what the comparison counts."""
 
     ours: str
     theirs: str
     metric: str
     result: Comparison
     task: str = ""
+    unit: str = "episode"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Report:
     Attributes:
         title: heading of the page.
         summary: what was found, in a few sentences; a blank line begins a new paragraph.
-        results: `{"manifest": {...}, "rows": [...], "claims": [...]}` as under `experiments/results/`.
+        results: `{"manifest": {...}, "rows": [...], "claims": [...]}` as under `experiments/results/`. A row's `n`
+            counts episodes, or what its `unit` says, in the singular.
         comparisons: between methods, in the order to show them.
         curves: `(method, metric)` to a learning curve; one plot per metric.
         labels: statistics of the labels, if any were given.
@@ -182,7 +184,8 @@ def _result_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     naming = [key for key in ("task", "method", "metric") if key not in constant]
     for heading in naming:
         table.add_column(heading)
-    for heading in ("mean", "interval", "episodes", "seeds"):
+    units = {_unit(row) for row in rows}
+    for heading in ("mean", "interval", f"{units.pop()}s" if len(units) == 1 else "n", "seeds"):
         table.add_column(heading, justify="right")
     for row in rows:
         share = _is_share(row["metric"], (row["mean"], row["low"], row["high"]))
@@ -377,7 +380,7 @@ def _result_blocks(report: Report) -> list[_Block]:
                 _interval(row),
                 axis,
                 share,
-                (_count(row["n"], "episode"), _count(row["seeds"], "seed")),
+                (_count(row["n"], _unit(row)), _count(row["seeds"], "seed")),
             )
             for row in rows
         )
@@ -423,18 +426,23 @@ def _comparison_line(comparison: MethodComparison, axis: _Axis, colour: str) -> 
         verdict=result.verdict,
         style=style,
         mark=_VERDICT_MARKS[style],
-        note=_what_would_decide(result),
+        note=_what_would_decide(result, comparison.unit),
     )
 
 
-def _what_would_decide(result: Comparison) -> str:
+def _what_would_decide(result: Comparison, unit: str) -> str:
     if result.verdict != "undecided":
         return ""
     if result.episodes_needed:
-        return f"about {result.episodes_needed:,} more episodes would decide, if this difference is real"
+        return f"about {result.episodes_needed:,} more {unit}s would decide, if this difference is real"
     if result.difference == 0:
         return "no difference was seen"
-    return "more episodes would not decide, only more seeds" if result.seeds > 1 else ""
+    return f"more {unit}s would not decide, only more seeds" if result.seeds > 1 else ""
+
+
+def _unit(row: Mapping[str, Any]) -> str:
+    """What `n` of a row counts."""
+    return str(row.get("unit", "episode"))
 
 
 def _claim(claim: Mapping[str, Any]) -> _Claim:

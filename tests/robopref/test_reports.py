@@ -175,6 +175,29 @@ def test_an_undecided_comparison_says_why(tmp_path: Path, comparison: Comparison
     assert note in _page(write_report(tmp_path, report)).text
 
 
+def test_counts_are_named_by_their_unit(tmp_path: Path) -> None:
+    """A ranking accuracy is over pairs, a time over runs: neither counts episodes."""
+    results = _results()
+    results["rows"][0]["unit"] = "pair"
+    undecided = Comparison(0.2, -0.1, 0.5, 200, 4, "undecided")
+    comparison = MethodComparison("cpl", "p-iql", "success", undecided, unit="pair")
+    report = _report(results=results, comparisons=[comparison])
+
+    text = _page(write_report(tmp_path, report)).text
+
+    assert "200 pairs" in text
+    assert "more pairs would not decide, only more seeds" in text
+    for units, heading in (((None, "pair"), "n"), (("pair", "pair"), "pairs"), ((None, None), "episodes")):
+        rows = [
+            {**row, **({} if unit is None else {"unit": unit})}
+            for row, unit in zip(_results()["rows"], units, strict=False)
+        ]
+        console = Console(file=io.StringIO(), width=200)
+        print_table({**_results(), "rows": rows}, console)
+        header = console.file.getvalue().splitlines()[2]  # type: ignore[attr-defined]
+        assert [cell.strip() for cell in header.strip("┃│ ").split("┃")][-2] == heading
+
+
 def test_the_page_says_how_it_was_made(tmp_path: Path) -> None:
     page = _page(write_report(tmp_path, _report()))
 
