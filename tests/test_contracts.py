@@ -25,7 +25,7 @@ from agents.piql import PIQLAgent, PIQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
 from agents.sac import SACAgent, SACConfig
 from envs.metaworld import CPL_VIEW
-from labelers.regret import RegretTeacher, SimulatedRegretTeacher
+from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from labelers.teachers import Teacher
 from robopref.agent import Agent, create_seeds, select_seed, update_many
 from robopref.checkpoints import restore_checkpoint, save_checkpoint
@@ -313,35 +313,46 @@ def test_seeds_trained_together_are_those_trained_alone(trial: Trial) -> None:
 
 
 class LabelerCase(NamedTuple):
-    make: Callable[[Any], Labeler]
+    make: Callable[[Any, EpisodeDataset], Labeler]
     noiseless: bool
 
 
-def regret_teacher(point: Any, **arguments: Any) -> RegretTeacher:
+def regret_teacher(point: Any, dataset: EpisodeDataset, **arguments: Any) -> RegretTeacher:
     return RegretTeacher(point.values, point.discount, source="closed form", **arguments)
 
 
-def simulated_regret_teacher(point: Any, **arguments: Any) -> SimulatedRegretTeacher:
+def simulated_regret_teacher(point: Any, dataset: EpisodeDataset, **arguments: Any) -> SimulatedRegretTeacher:
     return SimulatedRegretTeacher(point.make_simulator, point.expert, 25, point.discount, **arguments)
 
 
+def measured_regret_teacher(point: Any, dataset: EpisodeDataset, **arguments: Any) -> MeasuredRegretTeacher:
+    """Of every window of the dataset."""
+    starts = [np.arange(count) for count in dataset.valid_starts(LENGTH)]
+    episodes = np.repeat(np.arange(len(dataset)), [len(each) for each in starts])
+    windows = Queries(dataset, np.stack([episodes] * 2, axis=1), np.stack([np.concatenate(starts)] * 2, axis=1), LENGTH)
+    regrets = regret_teacher(point, dataset).segment_regrets(windows)[:, 0]
+    return MeasuredRegretTeacher(dataset.hash, LENGTH, episodes, windows.starts[:, 0], regrets, **arguments)
+
+
 LABELERS = {
-    "oracle": LabelerCase(lambda point: Teacher(), True),
-    "myopic": LabelerCase(lambda point: Teacher(discount=0.9), True),
-    "skipping": LabelerCase(lambda point: Teacher(skip_threshold=-4.0, tie_threshold=0.3), True),
-    "soft": LabelerCase(lambda point: Teacher(temperature=1.0, soft=True), True),
-    "noisy": LabelerCase(lambda point: Teacher(temperature=3.0, mistake=0.2), False),
+    "oracle": LabelerCase(lambda point, dataset: Teacher(), True),
+    "myopic": LabelerCase(lambda point, dataset: Teacher(discount=0.9), True),
+    "skipping": LabelerCase(lambda point, dataset: Teacher(skip_threshold=-4.0, tie_threshold=0.3), True),
+    "soft": LabelerCase(lambda point, dataset: Teacher(temperature=1.0, soft=True), True),
+    "noisy": LabelerCase(lambda point, dataset: Teacher(temperature=3.0, mistake=0.2), False),
     "regret": LabelerCase(regret_teacher, True),
     "noisy_regret": LabelerCase(partial(regret_teacher, temperature=2.0), False),
     "simulated_regret": LabelerCase(simulated_regret_teacher, True),
     "noisy_simulated_regret": LabelerCase(partial(simulated_regret_teacher, temperature=2.0), False),
+    "measured_regret": LabelerCase(measured_regret_teacher, True),
+    "noisy_measured_regret": LabelerCase(partial(measured_regret_teacher, temperature=2.0), False),
 }
-RANKING = {"oracle", "myopic", "regret", "noisy_regret", "simulated_regret", "noisy_simulated_regret"}
+RANKING = {"oracle", "myopic"} | {name for name in LABELERS if name.endswith("regret")}
 
 
 @pytest.fixture(scope="module", params=LABELERS)
-def labeler(request: pytest.FixtureRequest, point: Any) -> Labeler:
-    return LABELERS[request.param].make(point)
+def labeler(request: pytest.FixtureRequest, point: Any, dataset: EpisodeDataset) -> Labeler:
+    return LABELERS[request.param].make(point, dataset)
 
 
 @pytest.fixture(scope="module")
@@ -360,8 +371,8 @@ def swapped(queries: Queries) -> Queries:
     return Queries(queries.dataset, queries.episodes[:, ::-1], queries.starts[:, ::-1], queries.length)
 
 
-def test_every_labeler_is_in_the_table(point: Any) -> None:
-    tried = {type(case.make(point)) for case in LABELERS.values()}
+def test_every_labeler_is_in_the_table(point: Any, dataset: EpisodeDataset) -> None:
+    tried = {type(case.make(point, dataset)) for case in LABELERS.values()}
     for name in modules("labelers"):
         tree = ast.parse((ROOT / "labelers" / f"{name}.py").read_text(encoding="utf-8"))
         labelers = {
@@ -404,23 +415,25 @@ def test_labels_say_who_gave_them_and_how(labeler: Labeler, pairs: Queries) -> N
 
 
 @pytest.mark.parametrize("name", [name for name, case in LABELERS.items() if case.noiseless])
-def test_without_noise_swapping_the_segments_flips_the_label(name: str, pairs: Queries, point: Any) -> None:
-    labeler = LABELERS[name].make(point)
+def test_without_noise_swapping_the_segments_flips_the_label(
+    name: str, pairs: Queries, dataset: EpisodeDataset, point: Any
+) -> None:
+    labeler = LABELERS[name].make(point, dataset)
     labels, other = (labeler.label(queries, jax.random.key(0)) for queries in (pairs, swapped(pairs)))
     np.testing.assert_array_equal(other.answered, labels.answered)
     np.testing.assert_allclose(other.values, 1 - labels.values, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name, case in LABELERS.items() if case.noiseless])
-def test_without_noise_the_key_does_not_matter(name: str, pairs: Queries, point: Any) -> None:
-    labeler = LABELERS[name].make(point)
+def test_without_noise_the_key_does_not_matter(name: str, pairs: Queries, dataset: EpisodeDataset, point: Any) -> None:
+    labeler = LABELERS[name].make(point, dataset)
     first, second = (labeler.label(pairs, jax.random.key(seed)).values for seed in (0, 1))
     np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("name", [name for name, case in LABELERS.items() if not case.noiseless])
-def test_with_noise_the_key_matters(name: str, pairs: Queries, point: Any) -> None:
-    labeler = LABELERS[name].make(point)
+def test_with_noise_the_key_matters(name: str, pairs: Queries, dataset: EpisodeDataset, point: Any) -> None:
+    labeler = LABELERS[name].make(point, dataset)
     first, second = (labeler.label(pairs, jax.random.key(seed)).values for seed in (0, 1))
     assert set(np.unique(first)) <= {0.0, 0.5, 1.0}
     assert (first != second).any()
@@ -434,7 +447,9 @@ def test_orders_put_the_best_first(name: str, dataset: EpisodeDataset, point: An
     episodes = np.repeat(skilled[:, None] + 1, 3, axis=1)
     episodes[np.arange(len(skilled)), place] = skilled
     labels = (
-        LABELERS[name].make(point).label(Queries(dataset, episodes, np.zeros_like(episodes), LENGTH), jax.random.key(0))
+        LABELERS[name]
+        .make(point, dataset)
+        .label(Queries(dataset, episodes, np.zeros_like(episodes), LENGTH), jax.random.key(0))
     )
     assert labels.values is None
     np.testing.assert_array_equal(np.sort(labels.orders, axis=1), np.tile(np.arange(3), (len(skilled), 1)))

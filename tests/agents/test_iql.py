@@ -19,7 +19,7 @@ from robopref.types import Segments, Transitions
 OBSERVATIONS, ACTIONS, COUNT = 3, 2, 7
 PARTS = ("critics", "encoder", "policy", "value")
 NORMALIZER = Normalizer(mean=jnp.array([0.5, -1.0, 0.0]), std=jnp.array([2.0, 1.0, 0.5]))
-PIXELS = Pixels(filters=4, strides=(2, 1), features=5, shift=1)
+PIXELS = Pixels(filters=4, strides=(2,), features=5, shift=1)
 
 
 def random_transitions(*shape: int, seed: int = 0) -> Transitions:
@@ -160,7 +160,7 @@ def test_an_update_on_segments_is_one_on_their_steps(shape: tuple[int, ...]):
         next_observations=observations[:, :, 1:].reshape(16, *shape),
         terminated=jnp.zeros(16, bool),
     )
-    agent = create(flat, pixels=Pixels(4, (2, 1), 5, shift=0) if len(shape) > 1 else None)
+    agent = create(flat, pixels=Pixels(4, (2,), 5, shift=0) if len(shape) > 1 else None)
     key = jax.random.key(0)
     one, metrics = jax.jit(lambda agent: agent.update_on_segments(segments, rewards, key))(agent)
     other, expected = update(agent, flat)
@@ -173,7 +173,7 @@ def test_an_update_on_segments_is_one_on_their_steps(shape: tuple[int, ...]):
 def test_an_image_and_its_successor_are_shifted_alike():
     """With one transition and shifts by at most 1, the loss is that of one of the 9 shifts of both."""
     batch = jax.tree.map(lambda leaf: leaf[:1], random_transitions(9, 9, 3)).replace(terminated=jnp.zeros(1, bool))
-    agent, still = (create(batch, pixels=Pixels(4, (2, 1), 5, shift)) for shift in (1, 0))
+    agent, still = (create(batch, pixels=Pixels(4, (2,), 5, shift)) for shift in (1, 0))
 
     def shifted(images: jax.Array, y: int, x: int) -> np.ndarray:
         return np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")[:, y : y + 9, x : x + 9]

@@ -24,7 +24,7 @@ from robopref.types import Preferences, Segments
 
 ACTIONS, STEPS = 2, 5
 LABELS = np.array([0.0, 1.0, 0.5, 0.2], np.float32)
-SMALL_PIXELS = Pixels(filters=4, strides=(2, 1), features=5, shift=2)
+SMALL_PIXELS = Pixels(filters=4, strides=(2,), features=5, shift=2)
 
 
 def random_pairs(*shape: int) -> Preferences:

@@ -235,9 +235,9 @@ def test_the_paper_preset_has_the_published_values() -> None:
 
 
 def paper_in_little(folder: Path) -> Args:
-    """The published networks and batches, for 240 updates of CPL of which 120 contrast, on a little data."""
+    """The published networks and batches, for 200 updates of CPL of which 100 contrast, on a little data."""
     args = PRESETS["paper"]
-    config = replace(args.cpl.config, pretrain_updates=120)
+    config = replace(args.cpl.config, pretrain_updates=100)
     return replace(
         args,
         folder=folder,
@@ -252,7 +252,7 @@ def paper_in_little(folder: Path) -> Args:
         dense_segments=20,
         sparse_segments=20,
         expert_horizon=5,
-        cpl=replace(args.cpl, config=config, updates=240, checkpoints=4),
+        cpl=replace(args.cpl, config=config, updates=200, checkpoints=4),
         evaluation_episodes=2,
         curve_episodes=1,
     )
@@ -280,14 +280,14 @@ def test_the_paper_preset_runs_is_killed_and_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (cell / "result.json").exists()
-    first = checkpoints(cell)[60]
+    first = checkpoints(cell)[50]
     before = first.stat().st_mtime_ns
     assert run_experiment(args).status == 0
     assert first.stat().st_mtime_ns == before
-    assert list(checkpoints(cell)) == [60, 120, 180, 240]
+    assert list(checkpoints(cell)) == [50, 100, 150, 200]
     metrics = value(args.folder, f"train/cpl/{TASK}/0")["metrics"]
     # The published warm-up is so long that contrasting moves nothing yet: it is the cloning that shows.
-    assert [row["step"] for row in metrics][-1] == 240
+    assert [row["step"] for row in metrics][-1] == 200
     assert metrics[-1]["policy/cloning_loss"] < metrics[0]["policy/cloning_loss"]
 
 
