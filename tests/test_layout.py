@@ -26,7 +26,13 @@ RUNS_WITHOUT_JAX = ("client.py", "safety.py", "rig.py")
 HEAVY = {"jax", "jaxlib", "flax", "optax"}
 DISTRIBUTIONS = {"PIL": "pillow"}
 OPTIONAL = {"ray"}
-REQUIREMENT_FILES = ("requirements.txt", "requirements-test.txt", "requirements-ray.txt", "constraints.txt")
+REQUIREMENT_FILES = (
+    "requirements.txt",
+    "requirements-test.txt",
+    "requirements-ray.txt",
+    "requirements-benchmark.txt",
+    "constraints.txt",
+)
 TEXT = {".py", ".toml", ".txt", ".md", ".cfg", ".html", ".css", ".js", ".json", ".sh", ""}
 UNTRACKED = {".git", ".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__", "build"}
 

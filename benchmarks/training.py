@@ -1,0 +1,529 @@
+"""Updates per second of the agents, against a plain PyTorch implementation of the same updates in the same run.
+
+    pip install -r requirements-benchmark.txt
+    python -m benchmarks.training [--cases iql cpl] [--compile] [--json FILE]
+
+Both begin with the same parameters, draw minibatches of the same data inside the loop that is timed, and use all cores
+(or the GPU). First they make the same few updates on the same batches, and the program stops if their losses differ.
+Then they run in turn, a window each; a ratio is the median over windows that followed each other, so that what else the
+machine does slows neither alone. The peer is written as one would for speed: eager, one backward pass and one fused
+Adam for all networks; `--compile` adds a column for torch.compile.
+
+Below that: eight seeds trained as one program against one, the machine's own rate of matrix products, and the share of
+it that updates reach, counting three times the forward pass for what is trained and once for what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agents.cpl import CPLAgent, CPLConfig
+from agents.iql import IQLAgent, IQLConfig
+from agents.piql import PIQLAgent, PIQLConfig
+from agents.reward_model import RewardModelAgent, RewardModelConfig
+from robopref.agent import create_seeds, update_many
+from robopref.datasets import PreferenceDataset, SegmentTable, TransitionDataset
+from robopref.types import PyTree
+
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit("PyTorch is what this compares with: pip install -r requirements-benchmark.txt") from error
+
+OBSERVATIONS, ACTIONS, ROWS, LENGTH, SEEDS = 39, 4, 50_000, 64, 8
+LEARNING_RATE = 3e-4
+ON_GPU = jax.default_backend() == "gpu"
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+Losses = dict[str, torch.Tensor]
+
+
+# The data, once for both.
+
+
+def make_transitions() -> TransitionDataset:
+    rng = np.random.default_rng(0)
+    return TransitionDataset(
+        observations=jnp.asarray(rng.normal(size=(ROWS, OBSERVATIONS)), jnp.float32),
+        actions=jnp.asarray(rng.uniform(-1, 1, (ROWS, ACTIONS)), jnp.float32),
+        rewards=jnp.asarray(rng.normal(size=ROWS), jnp.float32),
+        terminated=jnp.asarray(rng.uniform(size=ROWS) < 0.01),
+        rows=jnp.arange(ROWS - 1, dtype=jnp.int32),
+    )
+
+
+def make_pairs() -> PreferenceDataset:
+    rng, steps = np.random.default_rng(1), make_transitions()
+    rows = jnp.asarray(rng.integers(0, ROWS - LENGTH, (2500, 2)), jnp.int32)
+    table = SegmentTable(steps.observations, steps.actions, rows, LENGTH)
+    return PreferenceDataset(table, jnp.asarray(rng.integers(0, 2, 2500), jnp.float32))
+
+
+def tensor(array: Any) -> torch.Tensor:
+    # A copy: PyTorch writes into its tensors, and what JAX owns is not to be written.
+    return torch.from_numpy(np.array(array)).to(DEVICE)
+
+
+class TorchTransitions:
+    """The same data as a `TransitionDataset`."""
+
+    def __init__(self, data: TransitionDataset) -> None:
+        self.columns = [tensor(column) for column in (data.observations, data.actions, data.rewards, data.terminated)]
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        return self.take(torch.randint(ROWS - 1, (batch_size,), device=DEVICE))
+
+    def take(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (*(column[rows] for column in self.columns), self.columns[0][rows + 1])
+
+
+class TorchPairs:
+    """The same data as a `PreferenceDataset`."""
+
+    def __init__(self, data: PreferenceDataset) -> None:
+        self.observations, self.actions = tensor(data.pairs.observations), tensor(data.pairs.actions)
+        self.rows, self.labels = tensor(data.pairs.rows).long(), tensor(data.labels)
+        self.steps = torch.arange(LENGTH, device=DEVICE)
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        return self.take(torch.randint(len(self.labels), (batch_size,), device=DEVICE))
+
+    def take(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        steps = self.rows[indices][..., None] + self.steps
+        return self.observations[steps], self.actions[steps], self.labels[indices]
+
+
+# The peers.
+
+
+def network(params: PyTree, dropout: float = 0.0) -> torch.nn.Sequential:
+    """An MLP with the parameters of one of ours."""
+    modules: list[torch.nn.Module] = []
+    for index in range(len(params)):
+        kernel, bias = params[f"Dense_{index}"]["kernel"], params[f"Dense_{index}"]["bias"]
+        linear = torch.nn.Linear(*kernel.shape)
+        linear.weight.data, linear.bias.data = tensor(np.array(kernel).T.copy()), tensor(bias)
+        modules += [linear, torch.nn.ReLU()]
+        if dropout:
+            modules.append(torch.nn.Dropout(dropout))
+    return torch.nn.Sequential(*modules[: modules.index(linear) + 1]).to(DEVICE)
+
+
+def members(params: PyTree) -> torch.nn.ModuleList:
+    """The networks of an ensemble."""
+    count = jax.tree.leaves(params)[0].shape[0]
+    return torch.nn.ModuleList(
+        network(jax.tree.map(lambda leaf, index=index: leaf[index], params)) for index in range(count)
+    )
+
+
+def log_probability(actions: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    return -(actions - means).square().sum(-1)
+
+
+class TorchCPL(torch.nn.Module):
+    """The update of `CPLAgent`, after pretraining."""
+
+    def __init__(self, agent: CPLAgent) -> None:
+        super().__init__()
+        self.config = agent.config
+        self.policy = network(agent.params["MLP_0"], agent.config.dropout)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor, labels: torch.Tensor) -> Losses:
+        log_probs = log_probability(actions, torch.tanh(self.policy(observations)))
+        first, second = (self.config.temperature * log_probs.sum(-1)).unbind(-1)
+        weight, softplus = self.config.conservative_weight, torch.nn.functional.softplus
+        losses = labels * softplus(weight * first - second) + (1 - labels) * softplus(weight * second - first)
+        return {"policy/loss": losses.mean()}
+
+
+class TorchRewardModel(torch.nn.Module):
+    """The update of `RewardModelAgent` with MLPs."""
+
+    def __init__(self, agent: RewardModelAgent) -> None:
+        super().__init__()
+        self.networks = members(agent.params["MLP_0"])
+
+    def rewards(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        steps = torch.cat([observations, actions], -1)
+        return torch.stack([each(steps)[..., 0] for each in self.networks])
+
+    def loss(self, rewards: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        scores = rewards.sum(-1)
+        logits = scores[..., 1] - scores[..., 0]
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.expand_as(logits))
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor, labels: torch.Tensor) -> Losses:
+        return {"reward/loss": self.loss(self.rewards(observations, actions), labels)}
+
+
+class TorchIQL(torch.nn.Module):
+    """The update of `IQLAgent`."""
+
+    def __init__(self, agent: IQLAgent) -> None:
+        super().__init__()
+        self.config = agent.config
+        self.policy = network(agent.params["policy"]["MLP_0"], agent.config.dropout)
+        self.value = network(agent.params["value"]["MLP_0"])
+        (critics,), (targets,) = agent.params["critics"].values(), agent.target_params.values()
+        self.critics, self.targets = members(critics), members(targets).requires_grad_(False)
+
+    def forward(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        terminated: torch.Tensor,
+        next_observations: torch.Tensor,
+    ) -> Losses:
+        config, steps = self.config, torch.cat([observations, actions], -1)
+        with torch.no_grad():
+            least = torch.min(*(each(steps)[..., 0] for each in self.targets))
+            next_values = self.value(next_observations)[..., 0]
+            targets = rewards + config.discount * torch.where(terminated, 0.0, next_values)
+        advantages = least - self.value(observations)[..., 0]
+        asymmetry = torch.where(advantages < 0, 1 - config.expectile, config.expectile)
+        weights = torch.exp(advantages.detach() / config.temperature).clamp(max=config.max_weight)
+        errors = -log_probability(actions, torch.tanh(self.policy(observations)))
+        return {
+            "value/loss": (asymmetry * advantages.square()).mean(),
+            "critic/loss": sum((each(steps)[..., 0] - targets).square().mean() for each in self.critics),
+            "policy/loss": (weights * errors).mean(),
+        }
+
+    @torch.no_grad()
+    def after(self) -> None:
+        torch._foreach_lerp_(
+            list(self.targets.parameters()), list(self.critics.parameters()), self.config.target_update_rate
+        )
+
+
+class TorchPIQL(torch.nn.Module):
+    """The update of `PIQLAgent`, while the reward model learns."""
+
+    def __init__(self, agent: PIQLAgent) -> None:
+        super().__init__()
+        self.reward_model, self.iql = TorchRewardModel(agent.reward_model), TorchIQL(agent.iql)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor, labels: torch.Tensor) -> Losses:
+        rewards = self.reward_model.rewards(observations, actions)
+        fixed = rewards.detach().mean(0)[..., :-1]
+        return {
+            "reward/loss": self.reward_model.loss(rewards, labels),
+            **self.iql(
+                observations[..., :-1, :],
+                actions[..., :-1, :],
+                fixed,
+                torch.zeros_like(fixed, dtype=torch.bool),
+                observations[..., 1:, :],
+            ),
+        }
+
+    def after(self) -> None:
+        self.iql.after()
+
+
+class Peer:
+    """A module, its optimiser and its data."""
+
+    def __init__(self, module: torch.nn.Module, data: Any, batch_size: int, *, compiled: bool) -> None:
+        self.data, self.batch_size = data, batch_size
+        self.losses = torch.compile(module) if compiled else module
+        self.after: Callable[[], None] = getattr(module, "after", lambda: None)
+        trained = [each for each in module.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
+
+    def update(self, batch: tuple[torch.Tensor, ...]) -> Losses:
+        losses: Losses = self.losses(*batch)
+        self.optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        self.optimizer.step()
+        self.after()
+        return losses
+
+    def run(self, updates: int) -> None:
+        for _ in range(updates):
+            self.update(self.data.sample(self.batch_size))
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+
+# The cases.
+
+
+@dataclass(frozen=True)
+class Case:
+    """An agent's update, in both implementations.
+
+    Attributes:
+        name: of the case.
+        sizes: of networks and batch, for people.
+        agent_class: ours.
+        config: ours.
+        module: the peer's.
+        pairs: whether the data are pairs of segments, or transitions.
+        batch_size: in pairs, or transitions.
+        width: of the hidden layers.
+        flops: of the matrix products of one update.
+    """
+
+    name: str
+    sizes: str
+    agent_class: type[Any]
+    config: Any
+    module: type[torch.nn.Module]
+    pairs: bool
+    batch_size: int
+    width: int
+    flops: float
+
+    @functools.cached_property
+    def data(self) -> Any:
+        return make_pairs() if self.pairs else make_transitions()
+
+    @property
+    def example(self) -> Any:
+        return self.data.take(jnp.arange(2))
+
+    def create(self, config: Any = None) -> Any:
+        return self.agent_class.create(config or self.config, self.example, jax.random.key(0))
+
+    def create_peer(self, agent: Any, *, compiled: bool = False) -> Peer:
+        data = TorchPairs(self.data) if self.pairs else TorchTransitions(self.data)
+        return Peer(self.module(agent), data, self.batch_size, compiled=compiled)
+
+
+def forward_flops(rows: int, inputs: int, hidden: tuple[int, ...], outputs: int) -> float:
+    widths = [inputs, *hidden, outputs]
+    return 2.0 * rows * sum(before * after for before, after in itertools.pairwise(widths))
+
+
+def iql_flops(rows: int, hidden: tuple[int, ...]) -> float:
+    """Policy, value and two critics trained; the value of the next state and the two target critics not."""
+    policy = forward_flops(rows, OBSERVATIONS, hidden, ACTIONS)
+    value, critic = (forward_flops(rows, inputs, hidden, 1) for inputs in (OBSERVATIONS, OBSERVATIONS + ACTIONS))
+    return 3 * policy + (3 + 1) * value + 2 * (3 + 1) * critic
+
+
+def cpl_case(name: str, pairs: int, hidden: tuple[int, ...], dropout: float = 0.0) -> Case:
+    config = CPLConfig(
+        hidden_dims=hidden, dropout=dropout, pretrain_updates=0, warmup_updates=0, learning_rate=LEARNING_RATE
+    )
+    sizes = f"{pairs} pairs x {LENGTH}, {hidden[0]} x {len(hidden)}" + (f", dropout {dropout}" if dropout else "")
+    flops = 3 * forward_flops(2 * pairs * LENGTH, OBSERVATIONS, hidden, ACTIONS)
+    return Case(name, sizes, CPLAgent, config, TorchCPL, True, pairs, hidden[0], flops)
+
+
+def reward_case(name: str, ensemble: int) -> Case:
+    pairs, hidden = 32, (256, 256)
+    config = RewardModelConfig(hidden_dims=hidden, ensemble=ensemble, learning_rate=LEARNING_RATE)
+    flops = 3 * ensemble * forward_flops(2 * pairs * LENGTH, OBSERVATIONS + ACTIONS, hidden, 1)
+    sizes = f"{pairs} pairs x {LENGTH}, {hidden[0]} x {len(hidden)}, {ensemble} member{'s' * (ensemble > 1)}"
+    return Case(name, sizes, RewardModelAgent, config, TorchRewardModel, True, pairs, hidden[0], flops)
+
+
+def iql_case() -> Case:
+    batch_size, hidden = 256, (256, 256)
+    config = IQLConfig(hidden_dims=hidden, learning_rate=LEARNING_RATE)
+    sizes = f"{batch_size} transitions, {hidden[0]} x {len(hidden)}"
+    return Case("iql", sizes, IQLAgent, config, TorchIQL, False, batch_size, hidden[0], iql_flops(batch_size, hidden))
+
+
+def piql_case(name: str, pairs: int, hidden: tuple[int, ...]) -> Case:
+    config = PIQLConfig(
+        reward=RewardModelConfig(hidden_dims=hidden, ensemble=1, learning_rate=LEARNING_RATE),
+        iql=IQLConfig(hidden_dims=hidden, learning_rate=LEARNING_RATE),
+    )
+    rows = 2 * pairs * LENGTH
+    reward = 3 * forward_flops(rows, OBSERVATIONS + ACTIONS, hidden, 1)
+    flops = reward + iql_flops(rows - 2 * pairs, hidden)
+    sizes = f"{pairs} pairs x {LENGTH}, {hidden[0]} x {len(hidden)}"
+    return Case(name, sizes, PIQLAgent, config, TorchPIQL, True, pairs, hidden[0], flops)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        iql_case(),
+        cpl_case("cpl", 96, (512, 512)),
+        cpl_case("cpl-dropout", 96, (512, 512), dropout=0.25),
+        cpl_case("cpl-small", 32, (256, 256)),
+        reward_case("reward-1", 1),
+        reward_case("reward-3", 3),
+        piql_case("piql", 96, (512, 512)),
+        piql_case("piql-small", 32, (256, 256)),
+    )
+}
+
+
+# What is measured.
+
+
+def check_same_losses(case: Case, updates: int = 4) -> None:
+    """Makes the same updates with both, without dropout, and stops the program where their losses differ."""
+    config = case.config
+    if getattr(config, "dropout", 0.0):
+        config = type(config)(**{**vars(config), "dropout": 0.0})
+    agent = case.create(config)
+    peer = case.create_peer(agent)
+    update = jax.jit(lambda agent, batch: agent.update(batch, jax.random.key(0)))
+    # A GPU multiplies in TF32, with some three digits.
+    tolerance = 2e-2 if ON_GPU else 1e-3
+    for step in range(updates):
+        indices = np.random.default_rng(step).integers(0, 2000, case.batch_size)
+        agent, ours = update(agent, case.data.take(jnp.asarray(indices)))
+        for name, loss in peer.update(peer.data.take(tensor(indices))).items():
+            if not np.isclose(loss.item(), ours[name].item(), rtol=tolerance, atol=1e-6):
+                raise SystemExit(
+                    f"{case.name}: {name} at update {step} is {ours[name].item():.6g} here and {loss.item():.6g} in"
+                    " PyTorch: the two do not compute the same, and their speeds must not be compared."
+                )
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def our_run(agent: Any, case: Case, updates: int, seeds: int = 0) -> Callable[[], Any]:
+    key = jax.random.split(jax.random.key(1), seeds) if seeds else jax.random.key(1)
+    return lambda: jax.block_until_ready(
+        update_many(agent, case.data, key, num_updates=updates, batch_size=case.batch_size)
+    )
+
+
+def updates_per_window(case: Case, window: float) -> int:
+    """Such that a window takes about so many seconds, at a rate of matrix products that is usual."""
+    return int(np.clip(window * (5e12 if ON_GPU else 6e10) / case.flops, 2, 10_000))
+
+
+def compare(case: Case, windows: int, window: float, *, compiled: bool) -> dict[str, Any]:
+    """Updates per second of both, in turn."""
+    check_same_losses(case)
+    agent, updates = case.create(), updates_per_window(case, window)
+    runs = {"ours": our_run(agent, case, updates), "torch": functools.partial(case.create_peer(agent).run, updates)}
+    if compiled:
+        runs["compiled"] = functools.partial(case.create_peer(agent, compiled=True).run, updates)
+    for run in runs.values():
+        run()
+    taken = {name: np.array([]) for name in runs}
+    for _ in range(windows):
+        for name, run in runs.items():
+            taken[name] = np.append(taken[name], seconds(run))
+    row: dict[str, Any] = {"case": case.name, "sizes": case.sizes, "flops": case.flops, "updates": updates}
+    for name, times in taken.items():
+        row[name] = updates / float(np.median(times))
+        if name != "ours":
+            ratios = times / taken["ours"]
+            row[f"{name}_ratio"] = [float(value) for value in (np.median(ratios), ratios.min(), ratios.max())]
+    return row
+
+
+def compare_seeds(case: Case, windows: int, window: float) -> dict[str, Any]:
+    """Eight seeds as one program, against one."""
+    updates = max(2, updates_per_window(case, window) // SEEDS)
+    keys = jax.random.split(jax.random.key(0), SEEDS)
+    runs = [
+        our_run(case.create(), case, updates),
+        our_run(create_seeds(case.agent_class, case.config, case.example, keys), case, updates, SEEDS),
+    ]
+    for run in runs:
+        run()
+    ratios = [one / eight for eight, one in ((seconds(runs[1]), seconds(runs[0])) for _ in range(windows))]
+    return {"case": case.name, "seeds": SEEDS, "times_of_one": 1 / float(np.median(ratios))}
+
+
+def product_rate(rows: int, width: int, windows: int, window: float) -> float:
+    """FLOP/s of a jitted product [rows, width] x [width, width], one after the other."""
+    matrix = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0], jnp.float32)
+    flops = 2.0 * rows * width**2
+    count = int(np.clip(window * (2e13 if ON_GPU else 1e11) / flops, 2, 100_000))
+
+    @jax.jit
+    def chain(inputs: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda hidden, _: (hidden @ matrix, None), inputs, length=count)[0]
+
+    inputs = jnp.ones((rows, width), jnp.float32)
+    jax.block_until_ready(chain(inputs))
+    return max(count * flops / seconds(lambda: jax.block_until_ready(chain(inputs))) for _ in range(windows))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--windows", type=int, default=7, help="of each implementation (7)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="that a window is to take, about (2)")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too, which takes its time")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    windows, window = arguments.windows, arguments.seconds
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    if ON_GPU:
+        if not torch.cuda.is_available():
+            raise SystemExit("JAX has a GPU here and this PyTorch has none; install one with CUDA to compare.")
+        # What JAX does unless told otherwise.
+        torch.set_float32_matmul_precision("high")
+    device = jax.devices()[0].device_kind if ON_GPU else f"{cores} cores"
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    print(f"{device}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+    peers = ["torch", "compiled"] if arguments.compile else ["torch"]
+    header = "".join(f"{name:>11}{'ratio':>8}{'(from, to)':>15}" for name in peers)
+    print(f"\n{'updates per second':<14}{'':<36}{'robopref':>10}{header}")
+    rows = []
+    for name in arguments.cases:
+        row = compare(CASES[name], windows, window, compiled=arguments.compile)
+        cells = ""
+        for peer in peers:
+            middle, low, high = row[f"{peer}_ratio"]
+            cells += f"{row[peer]:>11,.1f}{middle:>8.2f}{f'({low:.2f}, {high:.2f})':>15}"
+        print(f"{name:<14}{row['sizes']:<40}{row['ours']:>10,.1f}{cells}", flush=True)
+        rows.append(row)
+
+    print("\neight seeds as one program, in times of one seed")
+    seeds = []
+    for name in arguments.cases:
+        seeds.append(compare_seeds(CASES[name], windows, window))
+        print(f"{name:<14}{seeds[-1]['times_of_one']:>6.2f}", flush=True)
+
+    print("\nshare of the machine's matrix products")
+    shares = []
+    for row in rows:
+        case = CASES[row["case"]]
+        count = 2 * case.batch_size * LENGTH if case.pairs else case.batch_size
+        rate = product_rate(count, case.width, windows, window / 2)
+        reached = row["flops"] * row["ours"]
+        shares.append({"case": case.name, "machine": rate, "reached": reached, "share": reached / rate})
+        sizes = f"[{count}, {case.width}] x [{case.width}, {case.width}]"
+        print(f"{case.name:<14}{sizes:<32}{reached / 1e9:>8,.0f} of {rate / 1e9:>8,.0f} GFLOP/s{reached / rate:>8.0%}")
+
+    million = {row["case"]: 1e6 / row["ours"] for row in rows if row["case"] == "iql"}
+    if million:
+        print(f"\na million IQL updates take {million['iql']:,.0f} s at this rate")
+    if arguments.json:
+        report = {"device": device, "versions": versions, "rows": rows, "seeds": seeds, "shares": shares}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
