@@ -9,8 +9,10 @@ Then they run in turn, a window each; a ratio is the median over windows that fo
 machine does slows neither alone. The peer is written as one would for speed: eager, one backward pass and one fused
 Adam for all networks; `--compile` adds a column for torch.compile.
 
-Below that: eight seeds trained as one program against one, the machine's own rate of matrix products, and the share of
-it that updates reach, counting three times the forward pass for what is trained and once for what is not.
+The third in turn is a bare matrix product of JAX's, of the sizes of a hidden layer: "of products" is how much of its
+FLOP/s the updates reach, counting three times the forward pass for what is trained and once for what is not. Below the
+table are eight seeds trained as one program, against one. `taskset --cpu-list 0 python -m benchmarks.training` measures
+one core, which suits a machine on which others work as well.
 """
 
 from __future__ import annotations
@@ -413,24 +415,29 @@ def updates_per_window(case: Case, window: float) -> int:
 
 
 def compare(case: Case, windows: int, window: float, *, compiled: bool) -> dict[str, Any]:
-    """Updates per second of both, in turn."""
+    """Updates per second of both and FLOP/s of bare products, in turn."""
     check_same_losses(case)
     agent, updates = case.create(), updates_per_window(case, window)
-    runs = {"ours": our_run(agent, case, updates), "torch": functools.partial(case.create_peer(agent).run, updates)}
+    products, product_flops = product_run(case, window)
+    runs = {
+        "ours": our_run(agent, case, updates),
+        "torch": functools.partial(case.create_peer(agent).run, updates),
+        "products": products,
+    }
     if compiled:
         runs["compiled"] = functools.partial(case.create_peer(agent, compiled=True).run, updates)
     for run in runs.values():
         run()
-    taken = {name: np.array([]) for name in runs}
-    for _ in range(windows):
-        for name, run in runs.items():
-            taken[name] = np.append(taken[name], seconds(run))
+    turns = [{name: seconds(run) for name, run in runs.items()} for _ in range(windows)]
+    times = {name: np.array([turn[name] for turn in turns]) for name in runs}
     row: dict[str, Any] = {"case": case.name, "sizes": case.sizes, "flops": case.flops, "updates": updates}
-    for name, times in taken.items():
-        row[name] = updates / float(np.median(times))
-        if name != "ours":
-            ratios = times / taken["ours"]
-            row[f"{name}_ratio"] = [float(value) for value in (np.median(ratios), ratios.min(), ratios.max())]
+    for name in runs.keys() - {"products"}:
+        row[name] = updates / float(np.median(times[name]))
+        ratios = times[name] / times["ours"]
+        row[f"{name}_ratio"] = [float(value) for value in (np.median(ratios), ratios.min(), ratios.max())]
+    rates = product_flops / times["products"]
+    row["products"] = float(np.median(rates))
+    row["share"] = float(np.median(updates * case.flops / times["ours"] / rates))
     return row
 
 
@@ -448,19 +455,19 @@ def compare_seeds(case: Case, windows: int, window: float) -> dict[str, Any]:
     return {"case": case.name, "seeds": SEEDS, "times_of_one": 1 / float(np.median(ratios))}
 
 
-def product_rate(rows: int, width: int, windows: int, window: float) -> float:
-    """FLOP/s of a jitted product [rows, width] x [width, width], one after the other."""
-    matrix = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0], jnp.float32)
-    flops = 2.0 * rows * width**2
-    count = int(np.clip(window * (2e13 if ON_GPU else 1e11) / flops, 2, 100_000))
+def product_run(case: Case, window: float) -> tuple[Callable[[], Any], float]:
+    """Products [rows, width] x [width, width], one after the other, and their FLOPs."""
+    rows = 2 * case.batch_size * LENGTH if case.pairs else case.batch_size
+    matrix = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(case.width, case.width)))[0], jnp.float32)
+    flops = forward_flops(rows, case.width, (), case.width)
+    count = max(2, round(updates_per_window(case, window) * case.flops / flops))
 
     @jax.jit
     def chain(inputs: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda hidden, _: (hidden @ matrix, None), inputs, length=count)[0]
 
-    inputs = jnp.ones((rows, width), jnp.float32)
-    jax.block_until_ready(chain(inputs))
-    return max(count * flops / seconds(lambda: jax.block_until_ready(chain(inputs))) for _ in range(windows))
+    inputs = jnp.ones((rows, case.width), jnp.float32)
+    return lambda: jax.block_until_ready(chain(inputs)), count * flops
 
 
 def parse() -> argparse.Namespace:
@@ -489,7 +496,7 @@ def main() -> None:
 
     peers = ["torch", "compiled"] if arguments.compile else ["torch"]
     header = "".join(f"{name:>11}{'ratio':>8}{'(from, to)':>15}" for name in peers)
-    print(f"\n{'updates per second':<14}{'':<36}{'robopref':>10}{header}")
+    print(f"\n{'updates per second':<14}{'':<36}{'robopref':>10}{header}{'of products':>24}")
     rows = []
     for name in arguments.cases:
         row = compare(CASES[name], windows, window, compiled=arguments.compile)
@@ -497,6 +504,7 @@ def main() -> None:
         for peer in peers:
             middle, low, high = row[f"{peer}_ratio"]
             cells += f"{row[peer]:>11,.1f}{middle:>8.2f}{f'({low:.2f}, {high:.2f})':>15}"
+        cells += f"{row['share']:>11.0%} of {row['products'] / 1e9:,.0f} GFLOP/s"
         print(f"{name:<14}{row['sizes']:<40}{row['ours']:>10,.1f}{cells}", flush=True)
         rows.append(row)
 
@@ -506,22 +514,11 @@ def main() -> None:
         seeds.append(compare_seeds(CASES[name], windows, window))
         print(f"{name:<14}{seeds[-1]['times_of_one']:>6.2f}", flush=True)
 
-    print("\nshare of the machine's matrix products")
-    shares = []
-    for row in rows:
-        case = CASES[row["case"]]
-        count = 2 * case.batch_size * LENGTH if case.pairs else case.batch_size
-        rate = product_rate(count, case.width, windows, window / 2)
-        reached = row["flops"] * row["ours"]
-        shares.append({"case": case.name, "machine": rate, "reached": reached, "share": reached / rate})
-        sizes = f"[{count}, {case.width}] x [{case.width}, {case.width}]"
-        print(f"{case.name:<14}{sizes:<32}{reached / 1e9:>8,.0f} of {rate / 1e9:>8,.0f} GFLOP/s{reached / rate:>8.0%}")
-
-    million = {row["case"]: 1e6 / row["ours"] for row in rows if row["case"] == "iql"}
+    million = [1e6 / row["ours"] for row in rows if row["case"] == "iql"]
     if million:
-        print(f"\na million IQL updates take {million['iql']:,.0f} s at this rate")
+        print(f"\na million IQL updates take {million[0]:,.0f} s at this rate")
     if arguments.json:
-        report = {"device": device, "versions": versions, "rows": rows, "seeds": seeds, "shares": shares}
+        report = {"device": device, "versions": versions, "rows": rows, "seeds": seeds}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -64,6 +65,40 @@ class Pixels:
     shift: int = 4
 
 
+class Conv(nn.Module):
+    """A convolution with 3 by 3 kernels and no padding."""
+
+    filters: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "*B H W C"]) -> Float[Array, "*B h w filters"]:
+        initializer = nn.initializers.orthogonal(jnp.sqrt(2.0))
+        kernel = self.param("kernel", initializer, (3, 3, images.shape[-1], self.filters))
+        bias = self.param("bias", nn.initializers.zeros, (self.filters,))
+        flat = images.reshape(-1, *images.shape[-3:])
+        # Agents are trained in a loop, in which XLA's own convolutions are 5 to 16 times slower on a processor.
+        convolved: Array = jax.lax.platform_dependent(
+            flat,
+            kernel,
+            cpu=partial(_multiply_patches, stride=self.stride),
+            default=partial(_convolve, stride=self.stride),
+        )
+        return convolved.reshape(*images.shape[:-3], *convolved.shape[1:]) + bias
+
+
+def _convolve(images: Float[Array, "N H W C"], kernel: Float[Array, "3 3 C F"], *, stride: int) -> Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(images, kernel, (stride, stride), "VALID", dimension_numbers=layout)
+
+
+def _multiply_patches(images: Float[Array, "N H W C"], kernel: Float[Array, "3 3 C F"], *, stride: int) -> Array:
+    """The same as a product of matrices, with the nine pixels that each output sees side by side."""
+    down, right = ((size - 3) // stride * stride + 1 for size in images.shape[1:3])
+    patches = [images[:, i : i + down : stride, j : j + right : stride] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
 class Convolutions(nn.Module):
     """Images with values from 0 to 255 to one flat vector each."""
 
@@ -73,14 +108,7 @@ class Convolutions(nn.Module):
     def __call__(self, images: Float[Array, "*B H W C"]) -> Float[Array, "*B F"]:
         hidden = images / 255.0 - 0.5
         for stride in self.pixels.strides:
-            hidden = nn.Conv(
-                self.pixels.filters,
-                (3, 3),
-                (stride, stride),
-                padding="VALID",
-                kernel_init=nn.initializers.orthogonal(jnp.sqrt(2.0)),
-            )(hidden)
-            hidden = nn.relu(hidden)
+            hidden = nn.relu(Conv(self.pixels.filters, stride)(hidden))
         return hidden.reshape(*hidden.shape[:-3], -1)
 
 

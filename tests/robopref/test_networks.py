@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from robopref.networks import (
     Normalizer,
     Pixels,
     Trunk,
+    _convolve,
+    _multiply_patches,
     apply,
     init,
     observation_shape,
@@ -184,6 +188,21 @@ def test_convolutions_are_those_of_scipy():
     assert (expected > 0).any()
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(module.apply({"params": params}, jnp.asarray(IMAGES, jnp.float32)), outputs)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(9, 11), (10, 12), (3, 3)])
+def test_both_ways_to_convolve_give_the_same_and_the_same_gradients(stride, shape):
+    """One is for processors, the other for accelerators."""
+    images = jax.random.normal(jax.random.key(0), (4, *shape, 2))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2, 5))
+    results = []
+    for convolve in (_convolve, _multiply_patches):
+        results.append(jax.vjp(partial(convolve, stride=stride), images, kernel))
+    (output, pull), (other, other_pull) = results
+    np.testing.assert_allclose(output, other, rtol=1e-4, atol=1e-5)
+    for gradient, expected in zip(pull(output), other_pull(output), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_a_trunk_is_a_normalised_projection():
