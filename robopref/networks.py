@@ -6,6 +6,7 @@ Observations are vectors [O] or images [H, W, C] with values from 0 to 255. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -122,8 +123,26 @@ class Trunk(nn.Module):
         return jnp.tanh(nn.LayerNorm()(nn.Dense(self.features, kernel_init=nn.initializers.orthogonal(1.0))(encoded)))
 
 
+class Dense(nn.Module):
+    """An affine map of the columns of a matrix."""
+
+    features: int
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, columns: Float[Array, "I N"]) -> Float[Array, "features N"]:
+        kernel = self.param("kernel", nn.initializers.orthogonal(self.gain), (columns.shape[0], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        product: Array = kernel.T @ columns
+        return product + bias[:, None]
+
+
 class MLP(nn.Module):
-    """Fully connected ReLU network with orthogonal initialisation and dropout after each hidden layer."""
+    """Fully connected ReLU network with orthogonal initialisation and dropout after each hidden layer.
+
+    Samples are columns inside. Then each product of the backward pass has a form that XLA multiplies as fast on a
+    processor as those of the forward pass; with samples as rows, gradients of kernels are 1.3 to 10 times slower.
+    """
 
     hidden_dims: Sequence[int]
     output_dim: int
@@ -131,12 +150,13 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*B I"], *, deterministic: bool = True) -> Float[Array, "*B out"]:
-        hidden = inputs
+        # Behind the barrier, XLA really transposes what else it would read transposed in each product.
+        columns: Array = jax.lax.optimization_barrier(inputs.reshape(-1, inputs.shape[-1]).T)  # type: ignore[no-untyped-call]
         for width in self.hidden_dims:
-            hidden = nn.relu(nn.Dense(width, kernel_init=nn.initializers.orthogonal(jnp.sqrt(2.0)))(hidden))
+            columns = nn.relu(Dense(width, gain=math.sqrt(2.0))(columns))
             if self.dropout > 0:
-                hidden = nn.Dropout(self.dropout, deterministic=deterministic)(hidden)
-        return nn.Dense(self.output_dim, kernel_init=nn.initializers.orthogonal(1.0))(hidden)
+                columns = nn.Dropout(self.dropout, deterministic=deterministic)(columns)
+        return Dense(self.output_dim)(columns).T.reshape(*inputs.shape[:-1], self.output_dim)
 
 
 class DeterministicPolicy(nn.Module):
