@@ -165,7 +165,11 @@ PIQL = Training(
     checkpoints=8,
 )
 CPL = Training(
-    CPLConfig(learning_rate=5e-4, pretrain_learning_rate=1e-3, pretrain_updates=360, decay_updates=1200),
+    # At the published alpha of 0.1 the loss of so few segments is ruled by those that the policy fits badly; where the
+    # good ones are a minority, they are among them, and CPL finds them even with shuffled labels.
+    CPLConfig(
+        temperature=0.03, learning_rate=1e-3, pretrain_learning_rate=1e-3, pretrain_updates=360, decay_updates=1200
+    ),
     "preferences",
     updates=1200,
     batch_size=20,
@@ -220,7 +224,7 @@ class Args:
         publish: also write the results to experiments/results/cpl-<preset>.json.
     """
 
-    tasks: tuple[str, ...] = ("drawer-open-v3", "plate-slide-v3")
+    tasks: tuple[str, ...] = ("door-open-v3", "plate-slide-v3")
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     seed: int = 0
@@ -230,7 +234,7 @@ class Args:
     pool: int = 2000
     held_out_pool: int = 400
     length: int = 64
-    dense_segments: int = 250
+    dense_segments: int = 500
     sparse_segments: int = 2000
     candidates: int = 4
     ranked_sets: int = 2000
@@ -247,7 +251,7 @@ class Args:
     piql: Training[PIQLConfig] = PIQL
     cpl: Training[CPLConfig] = CPL
     bc_weight: float = 1.0
-    kl_temperature: float = 0.2
+    kl_temperature: float = 0.06
     kl_conservative_weight: float = 0.75
     kl_learning_rate_factor: float = 0.1
     evaluation_episodes: int = 50
@@ -353,6 +357,7 @@ PRESETS = {
         sparse_segments=20_000,
         ranked_sets=10_000,
         expert_horizon=250,
+        kl_temperature=0.2,
         bc=Training(BCConfig((512, 512), 0.25, 1e-4, action_limit=1 - 1e-5), "episodes", 500_000, 1024, 100),
         sft=Training(
             BCConfig((512, 512), 0.25, 1e-4, pretrain_updates=200_000, action_limit=1 - 1e-5),
