@@ -6,10 +6,11 @@
 Both begin with the same parameters, draw minibatches of the same data inside the loop that is timed, and use all cores
 (or the GPU). First they make the same few updates on the same batches, and the program stops if their losses differ.
 Then they run in turn, a window each; a ratio is the median over windows that followed each other, so that what else the
-machine does slows neither alone. The peer is written as one would for speed: eager, one backward pass and one fused
-Adam for all networks; `--compile` adds a column for torch.compile.
+machine does slows neither alone. The peer is eager, in two forms: "torch" as the published implementations are written,
+with an optimiser of its own for each network and Adam as it comes; "fused" as one would write it for speed, with one
+backward pass and one fused Adam for all networks. `--compile` adds the latter under torch.compile.
 
-The third in turn is a bare matrix product of JAX's, of the sizes of a hidden layer: "of products" is how much of its
+The last in turn is a bare matrix product of JAX's, of the sizes of a hidden layer: "of products" is how much of its
 FLOP/s the updates reach, counting three times the forward pass for what is trained and once for what is not. Below the
 table are eight seeds trained as one program, against one. `taskset --cpu-list 0 python -m benchmarks.training` measures
 one core, which suits a machine on which others work as well.
@@ -24,10 +25,10 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,7 @@ ON_GPU = jax.default_backend() == "gpu"
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 Losses = dict[str, torch.Tensor]
+Form: TypeAlias = Literal["torch", "fused", "compiled"]
 
 
 # The data, once for both.
@@ -152,6 +154,9 @@ class TorchCPL(torch.nn.Module):
         losses = labels * softplus(weight * first - second) + (1 - labels) * softplus(weight * second - first)
         return {"policy/loss": losses.mean()}
 
+    def trained(self) -> dict[str, torch.nn.Module]:
+        return {"policy/loss": self.policy}
+
 
 class TorchRewardModel(torch.nn.Module):
     """The update of `RewardModelAgent` with MLPs."""
@@ -171,6 +176,9 @@ class TorchRewardModel(torch.nn.Module):
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor, labels: torch.Tensor) -> Losses:
         return {"reward/loss": self.loss(self.rewards(observations, actions), labels)}
+
+    def trained(self) -> dict[str, torch.nn.Module]:
+        return {"reward/loss": self.networks}
 
 
 class TorchIQL(torch.nn.Module):
@@ -207,11 +215,21 @@ class TorchIQL(torch.nn.Module):
             "policy/loss": (weights * errors).mean(),
         }
 
+    def trained(self) -> dict[str, torch.nn.Module]:
+        return {"value/loss": self.value, "critic/loss": self.critics, "policy/loss": self.policy}
+
     @torch.no_grad()
-    def after(self) -> None:
-        torch._foreach_lerp_(
-            list(self.targets.parameters()), list(self.critics.parameters()), self.config.target_update_rate
+    def after(self, form: Form) -> None:
+        targets, critics, rate = (
+            [*self.targets.parameters()],
+            [*self.critics.parameters()],
+            self.config.target_update_rate,
         )
+        if form != "torch":
+            torch._foreach_lerp_(targets, critics, rate)
+            return
+        for target, critic in zip(targets, critics, strict=True):
+            target.copy_(rate * critic + (1 - rate) * target)
 
 
 class TorchPIQL(torch.nn.Module):
@@ -235,26 +253,40 @@ class TorchPIQL(torch.nn.Module):
             ),
         }
 
-    def after(self) -> None:
-        self.iql.after()
+    def trained(self) -> dict[str, torch.nn.Module]:
+        return {**self.reward_model.trained(), **self.iql.trained()}
+
+    def after(self, form: Form) -> None:
+        self.iql.after(form)
 
 
 class Peer:
-    """A module, its optimiser and its data."""
+    """A module, its optimisers, each with the losses that it lowers, and its data."""
 
-    def __init__(self, module: torch.nn.Module, data: Any, batch_size: int, *, compiled: bool) -> None:
+    def __init__(self, module: Any, data: Any, batch_size: int, form: Form) -> None:
         self.data, self.batch_size = data, batch_size
-        self.losses = torch.compile(module) if compiled else module
-        self.after: Callable[[], None] = getattr(module, "after", lambda: None)
-        trained = [each for each in module.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE, fused=True)
+        self.losses = torch.compile(module) if form == "compiled" else module
+        self.after: Callable[[Form], None] = getattr(module, "after", lambda form: None)
+        self.form = form
+        networks = module.trained()
+        groups = [[name] for name in networks] if form == "torch" else [list(networks)]
+        self.optimizers = [
+            torch.optim.Adam(
+                [each for name in names for each in networks[name].parameters()],
+                lr=LEARNING_RATE,
+                fused=None if form == "torch" else True,
+            )
+            for names in groups
+        ]
+        self.groups = groups
 
     def update(self, batch: tuple[torch.Tensor, ...]) -> Losses:
         losses: Losses = self.losses(*batch)
-        self.optimizer.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
-        self.optimizer.step()
-        self.after()
+        for names, optimizer in zip(self.groups, self.optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.stack([losses[name] for name in names]).sum().backward()
+            optimizer.step()
+        self.after(self.form)
         return losses
 
     def run(self, updates: int) -> None:
@@ -304,9 +336,9 @@ class Case:
     def create(self, config: Any = None) -> Any:
         return self.agent_class.create(config or self.config, self.example, jax.random.key(0))
 
-    def create_peer(self, agent: Any, *, compiled: bool = False) -> Peer:
+    def create_peer(self, agent: Any, form: Form) -> Peer:
         data = TorchPairs(self.data) if self.pairs else TorchTransitions(self.data)
-        return Peer(self.module(agent), data, self.batch_size, compiled=compiled)
+        return Peer(self.module(agent), data, self.batch_size, form)
 
 
 def forward_flops(rows: int, inputs: int, hidden: tuple[int, ...], outputs: int) -> float:
@@ -375,13 +407,13 @@ CASES = {
 # What is measured.
 
 
-def check_same_losses(case: Case, updates: int = 4) -> None:
-    """Makes the same updates with both, without dropout, and stops the program where their losses differ."""
+def check_same_losses(case: Case, form: Form, updates: int = 4) -> None:
+    """Makes the same updates with ours and a peer, without dropout, and stops the program where their losses differ."""
     config = case.config
     if getattr(config, "dropout", 0.0):
         config = type(config)(**{**vars(config), "dropout": 0.0})
     agent = case.create(config)
-    peer = case.create_peer(agent)
+    peer = case.create_peer(agent, form)
     update = jax.jit(lambda agent, batch: agent.update(batch, jax.random.key(0)))
     # A GPU multiplies in TF32, with some three digits.
     tolerance = 2e-2 if ON_GPU else 1e-3
@@ -414,18 +446,14 @@ def updates_per_window(case: Case, window: float) -> int:
     return int(np.clip(window * (5e12 if ON_GPU else 6e10) / case.flops, 2, 10_000))
 
 
-def compare(case: Case, windows: int, window: float, *, compiled: bool) -> dict[str, Any]:
-    """Updates per second of both and FLOP/s of bare products, in turn."""
-    check_same_losses(case)
+def compare(case: Case, windows: int, window: float, forms: Sequence[Form]) -> dict[str, Any]:
+    """Updates per second of ours and of the peers, and FLOP/s of bare products, in turn."""
+    for form in forms:
+        check_same_losses(case, form)
     agent, updates = case.create(), updates_per_window(case, window)
     products, product_flops = product_run(case, window)
-    runs = {
-        "ours": our_run(agent, case, updates),
-        "torch": functools.partial(case.create_peer(agent).run, updates),
-        "products": products,
-    }
-    if compiled:
-        runs["compiled"] = functools.partial(case.create_peer(agent, compiled=True).run, updates)
+    peers = {form: functools.partial(case.create_peer(agent, form).run, updates) for form in forms}
+    runs = {"ours": our_run(agent, case, updates), **peers, "products": products}
     for run in runs.values():
         run()
     turns = [{name: seconds(run) for name, run in runs.items()} for _ in range(windows)]
@@ -494,16 +522,16 @@ def main() -> None:
     versions = {"jax": jax.__version__, "torch": torch.__version__, "python": platform.python_version()}
     print(f"{device}; " + ", ".join(f"{name} {version}" for name, version in versions.items()))
 
-    peers = ["torch", "compiled"] if arguments.compile else ["torch"]
-    header = "".join(f"{name:>11}{'ratio':>8}{'(from, to)':>15}" for name in peers)
-    print(f"\n{'updates per second':<14}{'':<36}{'robopref':>10}{header}{'of products':>24}")
+    forms: list[Form] = ["torch", "fused", "compiled"] if arguments.compile else ["torch", "fused"]
+    header = "".join(f"{name:>10}{'ratio':>7}{'(from, to)':>14}" for name in forms)
+    print(f"\n{'updates per second':<54}{'robopref':>10}{header}{'of products':>24}")
     rows = []
     for name in arguments.cases:
-        row = compare(CASES[name], windows, window, compiled=arguments.compile)
+        row = compare(CASES[name], windows, window, forms)
         cells = ""
-        for peer in peers:
-            middle, low, high = row[f"{peer}_ratio"]
-            cells += f"{row[peer]:>11,.1f}{middle:>8.2f}{f'({low:.2f}, {high:.2f})':>15}"
+        for form in forms:
+            middle, low, high = row[f"{form}_ratio"]
+            cells += f"{row[form]:>10,.1f}{middle:>7.2f}{f'({low:.2f}, {high:.2f})':>14}"
         cells += f"{row['share']:>11.0%} of {row['products'] / 1e9:,.0f} GFLOP/s"
         print(f"{name:<14}{row['sizes']:<40}{row['ours']:>10,.1f}{cells}", flush=True)
         rows.append(row)
