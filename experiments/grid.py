@@ -40,6 +40,10 @@ JOB_ENVIRONMENT = {
 }
 
 
+JOBS_PER_PROCESS = 16
+"""A process keeps every program that XLA compiled in it, and what its heap once needed: 70 jobs can take 12 GB."""
+
+
 @dataclass(frozen=True)
 class JobContext:
     """What a running job is given: its folder, the values and folders of the jobs it needs, and its progress."""
@@ -205,7 +209,7 @@ class _Launcher(Protocol):
 
 
 class _LocalLauncher:
-    """One worker process per core, each pinned to its core and used for job after job.
+    """One worker process per core, each pinned to its core and used for one job after another, but not for ever.
 
     A worker is an executor of its own: if its process is killed, only the job in it is lost.
     """
@@ -214,6 +218,7 @@ class _LocalLauncher:
         self._free = sorted(os.sched_getaffinity(0))[:cores]
         self.cores = len(self._free)
         self._executors: dict[int, ProcessPoolExecutor] = {}
+        self._jobs_done: dict[int, int] = {}
         self._running: dict[Future[None], tuple[str, list[int]]] = {}
 
     def start(self, job: Job, task: _Task) -> None:
@@ -234,8 +239,11 @@ class _LocalLauncher:
             name, taken = self._running.pop(future)
             self._free = sorted(self._free + taken)
             error = future.exception()
-            if isinstance(error, BrokenProcessPool):
+            self._jobs_done[taken[0]] = self._jobs_done.get(taken[0], 0) + 1
+            if isinstance(error, BrokenProcessPool) or self._jobs_done[taken[0]] >= JOBS_PER_PROCESS:
                 self._executors.pop(taken[0]).shutdown()
+                self._jobs_done[taken[0]] = 0
+            if isinstance(error, BrokenProcessPool):
                 outcomes.append((name, "its process was killed or crashed"))
             else:
                 outcomes.append((name, None if error is None else _sentence(error)))

@@ -195,6 +195,20 @@ def four(grid: Grid, b: int = 10) -> list[Job]:
     ]
 
 
+def process_id(context: JobContext) -> int:
+    return os.getpid()
+
+
+def test_a_process_does_so_many_jobs_and_then_makes_room_for_a_new_one(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.grid.JOBS_PER_PROCESS", 2)
+    outcome = quietly([Job(f"job/{i}", process_id, {}) for i in range(5)], grid.folder, cores=1)
+    assert outcome.failures == {}
+    numbers = [outcome.values[f"job/{i}"] for i in range(5)]
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3] != numbers[4]
+
+
 def test_values_reach_dependants_in_order_and_nothing_runs_twice(grid: Grid) -> None:
     outcome, ran = grid.run(four(grid))
     assert outcome.failures == {}
