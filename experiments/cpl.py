@@ -28,7 +28,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,20 +48,17 @@ from envs.behaviours import Expert
 from envs.metaworld import CPL_VIEW
 from experiments.demo import behaviours
 from experiments.experiment import (
-    RESULTS,
     Evaluation,
     Training,
     collect,
     evaluate_policy,
     film,
-    finish_run,
     first_seed,
-    manifest,
+    run_experiment,
     run_main,
-    save_run,
     train,
 )
-from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
+from experiments.grid import Job, JobContext, LauncherName
 from experiments.oracle import load_oracle
 from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from robopref.episodes import EpisodeDataset, load_episodes
@@ -78,7 +74,7 @@ from robopref.files import atomic_write
 from robopref.networks import Pixels
 from robopref.queries import Queries, draw_segments, label_statistics, pair_segments
 from robopref.records import write_records
-from robopref.reports import LabelStatistics, MethodComparison, Report, print_table
+from robopref.reports import LabelStatistics, MethodComparison, Report
 
 Pairing: TypeAlias = Literal["dense", "sparse", "ranked"]
 TeacherName: TypeAlias = Literal["regret", "oracle_regret", "oracle_cpl_release", "partial_return"]
@@ -165,11 +161,7 @@ PIQL = Training(
     checkpoints=8,
 )
 CPL = Training(
-    # At the published alpha of 0.1 the loss of so few segments is ruled by those that the policy fits badly; where the
-    # good ones are a minority, they are among them, and CPL finds them even with shuffled labels.
-    CPLConfig(
-        temperature=0.03, learning_rate=1e-3, pretrain_learning_rate=1e-3, pretrain_updates=360, decay_updates=1200
-    ),
+    CPLConfig(learning_rate=5e-4, pretrain_learning_rate=1e-3, pretrain_updates=360, decay_updates=1200),
     "preferences",
     updates=1200,
     batch_size=20,
@@ -251,7 +243,7 @@ class Args:
     piql: Training[PIQLConfig] = PIQL
     cpl: Training[CPLConfig] = CPL
     bc_weight: float = 1.0
-    kl_temperature: float = 0.06
+    kl_temperature: float = 0.2
     kl_conservative_weight: float = 0.75
     kl_learning_rate_factor: float = 0.1
     evaluation_episodes: int = 50
@@ -357,7 +349,6 @@ PRESETS = {
         sparse_segments=20_000,
         ranked_sets=10_000,
         expert_horizon=250,
-        kl_temperature=0.2,
         bc=Training(BCConfig((512, 512), 0.25, 1e-4, action_limit=1 - 1e-5), "episodes", 500_000, 1024, 100),
         sft=Training(
             BCConfig((512, 512), 0.25, 1e-4, pretrain_updates=200_000, action_limit=1 - 1e-5),
@@ -694,27 +685,9 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
 
 def main(args: Args, console: Console | None = None) -> int:
     """Runs what is missing of the grid, then writes and prints the report. Returns the exit status."""
-    console = console or Console()
-    started = time.monotonic()
-    folder = args.folder or Path("runs") / f"cpl-{args.preset}-{args.seed}"
     _check(args)
-    grid = jobs(args)
-    save_run(folder, "experiments.cpl", args)
-    outcome = run_grid(grid, folder, launcher=args.launcher, cores=args.cores)
-    if outcome.failures:
-        report_failures(outcome, console)
-        return 1
-    data = {
-        name: outcome.values[name]["hash"] for task in args.tasks for name in (f"episodes/{task}", f"held-out/{task}")
-    }
-    wall_seconds = time.monotonic() - started
-    run = manifest(args, seeds=args.seeds, data=data, wall_seconds=wall_seconds, job_seconds=outcome.seconds)
-    found = report(args, outcome.values, run, folder)
-    publish = RESULTS / f"cpl-{args.preset}.json" if args.publish else None
-    page = finish_run(folder, found, publish=publish)
-    print_table(found.results, console, found.comparisons)
-    console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
-    return 0
+    values = run_experiment("cpl", args, jobs, report, seeds=args.seeds, console=console)
+    return 1 if values is None else 0
 
 
 def _training(args: Args, method: str) -> Training[Any]:

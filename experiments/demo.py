@@ -16,7 +16,6 @@ Every method is evaluated from its last checkpoint, on initial states that all m
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,26 +30,23 @@ from agents.bc import BCConfig
 from agents.cpl import CPLConfig
 from envs.behaviours import Expert, HeldBias, Mixture, Offset, Switching
 from experiments.experiment import (
-    RESULTS,
     Evaluation,
     Training,
     collect,
     evaluate_policy,
     film,
-    finish_run,
     first_seed,
-    manifest,
+    run_experiment,
     run_main,
-    save_run,
     train,
 )
-from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
+from experiments.grid import Job, JobContext, LauncherName
 from labelers.teachers import THRESHOLD_PRESETS, benchmark_threshold, preset
 from robopref.episodes import load_episodes
 from robopref.evaluation import claim_verdict, compare, success_interval
 from robopref.queries import draw_queries, label_statistics
 from robopref.records import read_records, write_records
-from robopref.reports import Histogram, LabelStatistics, MethodComparison, Report, print_table
+from robopref.reports import Histogram, LabelStatistics, MethodComparison, Report
 
 METHODS = ("bc", "sft", "cpl", "cpl-shuffled")
 METRIC = "success rate"
@@ -279,25 +275,9 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
 
 def main(args: Args, console: Console | None = None) -> int:
     """Runs what is missing of the grid, then writes and prints the report. Returns the exit status."""
-    console = console or Console()
-    started = time.monotonic()
-    folder = args.folder or Path("runs") / f"demo-{args.preset}-{args.seed}"
     _check(args)
-    grid = jobs(args)
-    save_run(folder, "experiments.demo", args)
-    outcome = run_grid(grid, folder, launcher=args.launcher, cores=args.cores)
-    if outcome.failures:
-        report_failures(outcome, console)
-        return 1
-    data = {task: outcome.values[f"episodes/{task}"]["hash"] for task in args.tasks}
-    wall_seconds = time.monotonic() - started
-    run = manifest(args, seeds=args.seeds, data=data, wall_seconds=wall_seconds, job_seconds=outcome.seconds)
-    found = report(args, outcome.values, run, folder)
-    publish = RESULTS / f"demo-{args.preset}.json" if args.publish else None
-    page = finish_run(folder, found, publish=publish)
-    print_table(found.results, console, found.comparisons)
-    console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
-    return 0
+    values = run_experiment("demo", args, jobs, report, seeds=args.seeds, console=console)
+    return 1 if values is None else 0
 
 
 def _film_job(args: Args, task: str, env: Mapping[str, Any]) -> Job:

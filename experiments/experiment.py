@@ -19,18 +19,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich.console import Console
 
 import envs
 from agents.bc import BCAgent, BCConfig
 from agents.cpl import CPLAgent, CPLConfig
 from agents.piql import PIQLAgent, PIQLConfig
-from experiments.grid import JobContext, finished_values
+from experiments.grid import Job, JobContext, finished_values, report_failures, run_grid
 from robopref.agent import AgentPolicy
 from robopref.checkpoints import restore_checkpoint
 from robopref.configs import from_json, to_json
@@ -42,7 +43,7 @@ from robopref.frames import FrameCache
 from robopref.progress import ProgressCallback
 from robopref.queries import Labels, Queries
 from robopref.records import read_records
-from robopref.reports import Report, write_report
+from robopref.reports import Report, print_table, write_report
 from robopref.rollouts import RolloutWorkers, film_episode
 from robopref.training import checkpoints, fit, read_metrics
 from robopref.types import Policy, Preferences, Segments
@@ -316,6 +317,57 @@ def save_run(folder: Path, module: str, args: Any) -> None:
     if not path.exists() and folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; choose another --folder.")
     write_json(path, run)
+
+
+def run_experiment(
+    name: str,
+    args: Args,
+    jobs: Callable[[Args], Sequence[Job]],
+    report: Callable[[Args, Mapping[str, Any], Mapping[str, Any], Path], Report],
+    *,
+    seeds: Sequence[int],
+    console: Console | None = None,
+    shown: Callable[[Mapping[str, Any]], bool] = lambda row: True,
+    unpublished: Sequence[str] = (),
+) -> Mapping[str, Any] | None:
+    """Runs what is missing of an experiment's grid, then writes, prints and, if asked to, publishes its report.
+
+    Args:
+        name: of the experiment's module.
+        args: with the fields `seed`, `folder`, `preset`, `launcher`, `cores` and `publish`.
+        jobs: makes the grid. Jobs that store data give their hash as `hash`, which the manifest keeps.
+        report: makes the report of the values of the jobs, the manifest and the folder of the run.
+        seeds: of the training runs, for the manifest.
+        console: where to print.
+        shown: which rows to print; the page has them all.
+        unpublished: arguments that mean something on this machine only, and are left out of the manifest.
+
+    Returns:
+        the values of the jobs, or None if some failed, which has been said then.
+    """
+    console, run_args = console or Console(), cast(Any, args)
+    started = time.monotonic()
+    folder = run_args.folder or Path("runs") / f"{name}-{run_args.preset}-{run_args.seed}"
+    grid = jobs(args)
+    save_run(folder, f"experiments.{name}", args)
+    outcome = run_grid(grid, folder, launcher=run_args.launcher, cores=run_args.cores)
+    if outcome.failures:
+        report_failures(outcome, console)
+        return None
+    run = manifest(
+        args,
+        seeds=seeds,
+        data={name: value["hash"] for name, value in outcome.values.items() if "hash" in value},
+        wall_seconds=time.monotonic() - started,
+        job_seconds=outcome.seconds,
+    )
+    run["config"] |= dict.fromkeys(unpublished)
+    found = report(args, outcome.values, run, folder)
+    publish = RESULTS / f"{name}-{run_args.preset}.json" if run_args.publish else None
+    page = finish_run(folder, found, publish=publish)
+    print_table({**found.results, "rows": [*filter(shown, found.results["rows"])]}, console, found.comparisons)
+    console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
+    return outcome.values
 
 
 def finish_run(folder: Path, report: Report, *, publish: Path | None) -> Path:

@@ -29,7 +29,6 @@ import functools
 import hashlib
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,8 +44,8 @@ from rich.console import Console
 import envs
 from agents.cpl import CPLAgent, CPLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
-from experiments.experiment import RESULTS, finish_run, manifest, run_main, save_run
-from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
+from experiments.experiment import run_experiment, run_main
+from experiments.grid import Job, JobContext, LauncherName
 from robopref.agent import update_many
 from robopref.datasets import PreferenceDataset
 from robopref.evaluation import (
@@ -60,7 +59,7 @@ from robopref.evaluation import (
 )
 from robopref.formats.preference_transformer import read_preferences, repeated_pairs
 from robopref.networks import Normalizer
-from robopref.reports import Histogram, LabelStatistics, MethodComparison, Report, print_table
+from robopref.reports import Histogram, LabelStatistics, MethodComparison, Report
 from robopref.types import Key, Preferences, Segments
 
 Config = TypeVar("Config")
@@ -577,30 +576,21 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
 
 def main(args: Args, console: Console | None = None) -> int:
     """Runs what is missing of the grid, then writes and prints the report. Returns the exit status."""
-    console = console or Console()
-    started = time.monotonic()
     _check(args)
-    # What is noted with the run is where the archives are, wherever the report is rebuilt from.
-    args = replace(args, data=_folder(args).resolve())
-    folder = args.folder or Path("runs") / f"human-{args.preset}-{args.seed}"
-    save_run(folder, "experiments.human", args)
-    outcome = run_grid(jobs(args), folder, launcher=args.launcher, cores=args.cores)
-    if outcome.failures:
-        report_failures(outcome, console)
-        return 1
-    data = {task: outcome.values[f"describe/{task}"]["hash"] for task in args.tasks}
-    wall_seconds = time.monotonic() - started
-    run = manifest(args, seeds=args.seeds, data=data, wall_seconds=wall_seconds, job_seconds=outcome.seconds)
-    # The data's hash says which archives these were; where this machine keeps them is nobody's concern.
-    run["config"] |= {"data": None}
-    found = report(args, outcome.values, run, folder)
-    publish = RESULTS / f"human-{args.preset}.json" if args.publish else None
-    page = finish_run(folder, found, publish=publish)
-    # The page has all rows; these are what the claims are about.
-    shown = [row for row in found.results["rows"] if row["metric"] == AGREEMENT]
-    print_table({**found.results, "rows": shown}, console, found.comparisons)
-    console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
-    return 0
+    # What is noted with the run is where the archives are, wherever the report is rebuilt from. Their hash says which
+    # they were; where this machine keeps them is nobody's concern.
+    values = run_experiment(
+        "human",
+        replace(args, data=_folder(args).resolve()),
+        jobs,
+        report,
+        seeds=args.seeds,
+        console=console,
+        # The page has all rows; these are what the claims are about.
+        shown=lambda row: row["metric"] == AGREEMENT,
+        unpublished=("data",),
+    )
+    return 1 if values is None else 0
 
 
 def _folder(args: Args) -> Path:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,17 +38,14 @@ from envs.behaviours import Expert
 from envs.env import Env
 from experiments.demo import behaviours
 from experiments.experiment import (
-    RESULTS,
     Evaluation,
     collect,
     evaluate_policy,
-    finish_run,
     first_seed,
-    manifest,
+    run_experiment,
     run_main,
-    save_run,
 )
-from experiments.grid import Job, JobContext, LauncherName, report_failures, run_grid
+from experiments.grid import Job, JobContext, LauncherName
 from labelers.regret import RegretTeacher, SimulatedRegretTeacher
 from robopref.agent import AgentPolicy
 from robopref.checkpoints import restore_checkpoint, save_checkpoint
@@ -62,7 +58,7 @@ from robopref.online import OnlineConfig, OnlineState, fit_online
 from robopref.progress import ProgressCallback
 from robopref.queries import Queries, draw_queries
 from robopref.replay import ReplayBuffer
-from robopref.reports import MethodComparison, Report, print_table
+from robopref.reports import MethodComparison, Report
 from robopref.rollouts import RolloutWorkers
 from robopref.training import checkpoints
 from robopref.types import Policy, Transitions
@@ -716,27 +712,14 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
 
 def main(args: Args, console: Console | None = None) -> int:
     """Runs what is missing of the grid, then writes and prints the report. Returns the exit status."""
-    console = console or Console()
-    started = time.monotonic()
-    folder = args.folder or Path("runs") / f"oracle-{args.preset}-{args.seed}"
     _check(args)
-    grid = jobs(args)
-    save_run(folder, "experiments.oracle", args)
-    outcome = run_grid(grid, folder, launcher=args.launcher, cores=args.cores)
-    if outcome.failures:
-        report_failures(outcome, console)
+    console = console or Console()
+    values = run_experiment("oracle", args, jobs, report, seeds=(args.seed,), console=console)
+    if values is None:
         return 1
-    data = {task: outcome.values[f"episodes/{task}"]["hash"] for task in args.tasks}
-    wall_seconds = time.monotonic() - started
-    run = manifest(args, seeds=(args.seed,), data=data, wall_seconds=wall_seconds, job_seconds=outcome.seconds)
-    found = report(args, outcome.values, run, folder)
-    publish = RESULTS / f"oracle-{args.preset}.json" if args.publish else None
-    page = finish_run(folder, found, publish=publish)
-    print_table(found.results, console, found.comparisons)
     for task in args.tasks:
-        verdict = _verdict(task, outcome.values[f"oracle/{task}"]["shortcomings"])
-        console.print(f"\n{verdict} It is in {(folder / 'oracle' / task).resolve()}", soft_wrap=True, highlight=False)
-    console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
+        verdict = _verdict(task, values[f"oracle/{task}"]["shortcomings"])
+        console.print(f"\n{verdict} It is in the run's folder, under oracle/{task}.", soft_wrap=True, highlight=False)
     return 0
 
 

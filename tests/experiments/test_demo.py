@@ -16,7 +16,7 @@ import av
 import pytest
 from rich.console import Console
 
-from experiments import demo
+from experiments import experiment
 from experiments.demo import METHODS, PRESETS, Args, jobs, main
 from experiments.experiment import Evaluation, rebuild_report, save_run
 from robopref.rendering import rendering_backend
@@ -315,7 +315,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     def run_grid(*_: object, **__: object) -> None:
         raise AssertionError("the jobs were started")
 
-    monkeypatch.setattr(demo, "run_grid", run_grid)
+    monkeypatch.setattr(experiment, "run_grid", run_grid)
     with pytest.raises(ValueError, match=r"\w") as raised:
         main(replace(PRESETS["smoke"], folder=tmp_path / "run", **changes), Console(file=io.StringIO()))
     assert "\n" not in str(raised.value)

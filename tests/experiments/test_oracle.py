@@ -17,7 +17,7 @@ from rich.console import Console
 
 import envs
 from agents.sac import SACAgent
-from experiments import oracle
+from experiments import experiment
 from experiments.experiment import rebuild_report
 from experiments.oracle import (
     LABELINGS,
@@ -282,7 +282,7 @@ def test_rollouts_and_examination_begin_elsewhere() -> None:
 def test_what_cannot_work_is_refused_before_anything_is_written(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oracle, "run_grid", functools.partial(pytest.fail, "the jobs were started"))
+    monkeypatch.setattr(experiment, "run_grid", functools.partial(pytest.fail, "the jobs were started"))
     with pytest.raises(ValueError, match=r"\w") as raised:
         main(replace(PRESETS["smoke"], folder=tmp_path / "run", **changes), Console(file=io.StringIO()))
     assert "\n" not in str(raised.value)
