@@ -17,12 +17,12 @@ from jaxtyping import Array, Float, Int
 from robopref.types import Key
 
 
-def partial_return(rewards: Float[Array, "*B T"], discount: float = 1.0) -> Float[Array, "*B"]:
+def partial_return(rewards: Float[Array, "*B T"], discount: float | Float[Array, ""] = 1.0) -> Float[Array, "*B"]:
     """Sum over the segment of discount^t r_t."""
     return _discounted_sum(rewards, discount)
 
 
-def advantage_sum(advantages: Float[Array, "*B T"], discount: float = 1.0) -> Float[Array, "*B"]:
+def advantage_sum(advantages: Float[Array, "*B T"], discount: float | Float[Array, ""] = 1.0) -> Float[Array, "*B"]:
     """Sum over the segment of discount^t A_t: under the optimal advantage, minus the full regret."""
     return _discounted_sum(advantages, discount)
 
@@ -31,7 +31,7 @@ def deterministic_regret(
     first_values: Float[Array, "*B"],
     last_values: Float[Array, "*B"],
     rewards: Float[Array, "*B T"],
-    discount: float = 1.0,
+    discount: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "*B"]:
     """V(s_0) - [sum_t discount^t r_t + discount^T V(s_T)]: what the segment lost against optimal behaviour.
 
@@ -48,7 +48,7 @@ def deterministic_regret(
 
 
 def full_regret(
-    values: Float[Array, "*B T"], q_values: Float[Array, "*B T"], discount: float = 1.0
+    values: Float[Array, "*B T"], q_values: Float[Array, "*B T"], discount: float | Float[Array, ""] = 1.0
 ) -> Float[Array, "*B"]:
     """Sum over the segment of discount^t [V(s_t) - Q(s_t, a_t)], which is right under any dynamics."""
     return _discounted_sum(values - q_values, discount)
@@ -118,6 +118,6 @@ def sample_ranking(
     return jnp.lexsort((noise, scores + temperature * noise), axis=-1)[..., ::-1]
 
 
-def _discounted_sum(terms: Float[Array, "*B T"], discount: float) -> Float[Array, "*B"]:
+def _discounted_sum(terms: Float[Array, "*B T"], discount: float | Float[Array, ""]) -> Float[Array, "*B"]:
     weights = jnp.power(jnp.asarray(discount, jnp.result_type(terms, float)), jnp.arange(terms.shape[-1]))
     return jnp.sum(weights * terms, axis=-1)

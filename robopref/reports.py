@@ -93,6 +93,7 @@ class Report:
             counts episodes, or what its `unit` says, in the singular.
         comparisons: between methods, in the order to show them.
         curves: `(method, metric)` to a learning curve; one plot per metric.
+        curve_axis: what the curves are over; all but steps are drawn on a logarithmic axis.
         labels: statistics of the labels, if any were given.
         behaviours: name of a behaviour in the data to the success rate of its episodes.
         film: an MP4 file, or None.
@@ -104,6 +105,7 @@ class Report:
     results: Mapping[str, Any]
     comparisons: Sequence[MethodComparison] = ()
     curves: Mapping[tuple[str, str], Curve] = field(default_factory=dict)
+    curve_axis: str = "steps"
     labels: LabelStatistics | None = None
     behaviours: Mapping[str, Interval] = field(default_factory=dict)
     film: Path | None = None
@@ -545,8 +547,10 @@ def _curve_panels(report: Report) -> list[_Panel]:
             f"{method} ends at {_number(mean[-1], share)} ({_range(low[-1], high[-1], share)})"
             for method, (_, mean, low, high) in lines.items()
         )
-        draw = functools.partial(_draw_curves, metric=metric, lines=lines, colours=colours, share=share)
-        panels.append(_Panel(draw, f"Learning curves of {metric} with 95% bands over seeds: {ends}."))
+        draw = functools.partial(
+            _draw_curves, metric=metric, lines=lines, colours=colours, share=share, x_label=report.curve_axis
+        )
+        panels.append(_Panel(draw, f"Curves of {metric} over {report.curve_axis} with 95% bands: {ends}."))
     return panels
 
 
@@ -575,6 +579,7 @@ def _draw_curves(
     lines: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]],
     colours: Mapping[str, str],
     share: bool,
+    x_label: str,
 ) -> None:
     for method, (steps, mean, low, high) in lines.items():
         if share:
@@ -586,9 +591,12 @@ def _draw_curves(
     if share:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    if x_label == "steps":
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    else:
+        axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("steps")
+    axes.set_xlabel(x_label)
     axes.grid(axis="y", color="#E3E6EA", linewidth=0.8)
     axes.set_title(_plain(metric), loc="left")
     bottom, top = axes.get_ylim()

@@ -265,6 +265,20 @@ def test_a_picture_says_in_words_what_it_shows(tmp_path: Path) -> None:
     assert "cpl ends at 50.0% (40.0% to 60.0%)" in picture["alt"]
 
 
+def test_curves_over_anything_but_steps_are_drawn_over_its_logarithm(tmp_path: Path) -> None:
+    curves = {("cpl", "success"): (np.array([3, 300]), np.array([[0.1, 0.9], [0.2, 0.8]]))}
+
+    pages = [
+        _page(write_report(tmp_path / axis, _report(curves=curves, labels=None, curve_axis=axis)))
+        for axis in ("steps", "preferences")
+    ]
+
+    steps, preferences = (page.all("img")[0] for page in pages)
+    assert "over steps" in steps["alt"]
+    assert "over preferences" in preferences["alt"]
+    assert steps["src"] != preferences["src"]
+
+
 def test_the_files_behind_the_page_hold_the_same_numbers(tmp_path: Path) -> None:
     write_report(tmp_path, _report())
 
