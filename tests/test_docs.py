@@ -1,10 +1,11 @@
-"""The documentation tells the truth: its Python runs, and its table is that of the published results."""
+"""The documentation tells the truth: its Python runs, and its tables are those of the published results."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +42,53 @@ def test_the_table_of_the_readme_is_that_of_the_published_results() -> None:
         for row in rows
     }
     assert told == found
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("**/*.md")), ids=lambda page: page.stem)
+def test_the_tables_of_the_guide_are_those_of_the_published_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for kind, make in (("results", success_table), ("claims", claims_table)):
+        for path, table in re.findall(rf"<!-- {kind}: (\S+) -->\n(.*?)<!-- end of {kind} -->", text, re.DOTALL):
+            assert cells_of(table) == make(json.loads((ROOT / path).read_text(encoding="utf-8")))
+
+
+def cells_of(table: str) -> list[list[str]]:
+    """The cells of a table, without its rule below the heading."""
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+def success_table(results: dict[str, Any]) -> list[list[str]]:
+    """A row for each method, a column for each task."""
+    rows = {(row["method"], row["task"]): row for row in results["rows"] if row["metric"] == "success rate"}
+    methods, tasks = (list(dict.fromkeys(key[place] for key in rows)) for place in (0, 1))
+    return [
+        ["method", *tasks],
+        *(
+            [
+                f"`{method}`",
+                *(
+                    f"{row['mean']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
+                    for row in (rows[method, t] for t in tasks)
+                ),
+            ]
+            for method in methods
+        ),
+    ]
+
+
+def claims_table(results: dict[str, Any]) -> list[list[str]]:
+    """A row for each claim, with the figure's 95% interval."""
+    return [
+        ["", "claim", "paper", "ours", "verdict"],
+        *(
+            [
+                claim["id"],
+                claim["claim"],
+                "" if claim["paper"] is None else f"{claim['paper']:.3g}",
+                f"{claim['ours']:.2f} ({claim['low']:.2f} to {claim['high']:.2f})",
+                claim["verdict"],
+            ]
+            for claim in results["claims"]
+        ),
+    ]
