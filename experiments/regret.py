@@ -200,9 +200,12 @@ def make_boards(
         boards = [board for board, counts in zip(drawn, matters, strict=True) if counts][:count]
         mdp = stack([to_mdp(board, discount) for board in boards])
         weights = np.random.default_rng([seed, 1]).choice(_WEIGHTS, (policies, len(boards[0].weights)))
-        found = np.asarray(_best_policies(mdp, weights))
+        best = np.asarray(_best_policies(mdp, weights)) > 0
+    # Random weights often have the same best policy. Boards with fewer different ones get copies, which do not count.
+    distinct = [np.unique(each, axis=0) for each in best]
+    most = max(len(each) for each in distinct)
     with atomic_write(context.folder / "policies.npz") as path, path.open("wb") as file:
-        np.savez_compressed(file, best=found > 0)
+        np.savez_compressed(file, best=np.stack([np.resize(each, (most, *each.shape[1:])) for each in distinct]))
     return {
         "boards": [{"rows": board.rows, "weights": board.weights, "win": board.win_probability} for board in boards]
     }
