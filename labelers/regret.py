@@ -3,7 +3,7 @@
 `RegretTeacher` takes the values that regret is measured against from functions that it is given.
 `SimulatedRegretTeacher` measures them, by putting the simulator into the states of the segment and letting an expert
 act from there. The model is that of Knox et al., "Models of human preference for learning reward functions"
-(arXiv 2206.02231).
+(arXiv 2206.02231). `LogisticTeacher` is their more general one, which weighs the parts of regret each for itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from robopref.preferences import (
     bradley_terry,
@@ -203,6 +203,140 @@ class MeasuredRegretTeacher:
             )
         found: np.ndarray = self.regrets[order][place]
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticTeacher:
+    """Labels queries by a weighted sum of what a segment earned and of the values of the states at its ends.
+
+    P(the second is preferred) = (1 - lapse) sigmoid((score_2 - score_1) / temperature) + lapse / 2, where a score is
+    w_r PR + w_0 V(s_0) + w_T discount^T V(s_T), and PR = sum_t discount^t r_t (Knox et al., the logistic model of
+    people). The default weights (1, -1, 1) make the score minus the deterministic regret; (1, 0, 0) make it the partial
+    return.
+
+    Attributes:
+        values: V, as a function of observations, or as one number for each row of the dataset's observations. A
+            terminal state is worth 0, whatever this says about it.
+        discount: the one under which V was computed.
+        partial_return_weight: w_r.
+        start_value_weight: w_0.
+        end_value_weight: w_T.
+        temperature: of the noise, in the unit of the score; 0 is noiseless.
+        lapse: share of the answers that a fair coin gives.
+        soft: answer with the probability itself, lapses included, rather than with a draw from it.
+        source: where the values came from, recorded with the labels.
+        name: what the labels say who gave them.
+    """
+
+    values: Values | Float[np.ndarray, " R"]
+    discount: float
+    partial_return_weight: float = 1.0
+    start_value_weight: float = -1.0
+    end_value_weight: float = 1.0
+    temperature: float = 1.0
+    lapse: float = 0.0
+    soft: bool = False
+    source: str = ""
+    name: str = "logistic"
+
+    def __post_init__(self) -> None:
+        for part in ("partial_return", "start_value", "end_value"):
+            weight = getattr(self, f"{part}_weight")
+            if not np.isfinite(weight):
+                raise ValueError(f"the teacher's {part}_weight must be finite, not {weight}.")
+        if not 0 <= self.lapse <= 1:
+            raise ValueError(f"the teacher's lapse is a probability, not {self.lapse}.")
+        _check(self.discount, self.temperature, 0.0)
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """What `Labels.parameters` records."""
+        return {
+            "discount": self.discount,
+            "partial_return_weight": self.partial_return_weight,
+            "start_value_weight": self.start_value_weight,
+            "end_value_weight": self.end_value_weight,
+            "temperature": self.temperature,
+            "lapse": self.lapse,
+            "soft": self.soft,
+            "source": self.source,
+        }
+
+    def label(self, queries: Queries, key: Key) -> Labels:
+        """Answers every query: pairs with values, K > 2 segments with orders from Plackett-Luce over the scores.
+
+        Raises:
+            ValueError: the values are no finite numbers, one for each observation; or there are K > 2 segments, and the
+                teacher lapses or answers softly.
+        """
+        pairs = queries.candidates == 2
+        if not pairs and (self.lapse > 0 or self.soft):
+            raise ValueError(
+                f"queries of {queries.candidates} segments are answered by an order, which knows no lapses or soft"
+                " labels; set lapse to 0 and soft to False, or draw pairs."
+            )
+        with jax.enable_x64(True):
+            scores = jnp.asarray(self.segment_scores(queries))
+            answers = self._values(scores, key) if pairs else sample_ranking(scores, key, self.temperature)
+        return Labels(
+            values=np.asarray(answers) if pairs else None,
+            orders=None if pairs else np.asarray(answers),
+            answered=np.full(len(queries), True),
+            labeler=self.name,
+            parameters=self.parameters,
+        )
+
+    def segment_scores(self, queries: Queries) -> Float[np.ndarray, "N K"]:
+        """The weighted sum of every segment.
+
+        Raises:
+            ValueError: as `segment_statistics`.
+        """
+        weights = (self.partial_return_weight, self.start_value_weight, self.end_value_weight)
+        return np.asarray(segment_statistics(queries, self.values, self.discount) @ np.array(weights))
+
+    def _values(self, scores: Float[Array, "N 2"], key: Key) -> Float[Array, " N"]:
+        first, second = scores[:, 0], scores[:, 1]
+        if self.soft:
+            return (1.0 - self.lapse) * bradley_terry(first, second, self.temperature) + self.lapse / 2.0
+        answer_key, lapse_key, coin_key = jax.random.split(key, 3)
+        attentive = sample_preference(first, second, answer_key, self.temperature)
+        lapsed = jax.random.bernoulli(lapse_key, self.lapse, attentive.shape)
+        coin = jax.random.bernoulli(coin_key, 0.5, attentive.shape).astype(attentive.dtype)
+        return jnp.where(lapsed, coin, attentive)
+
+
+def segment_statistics(
+    queries: Queries, values: Values | Float[np.ndarray, " R"], discount: float
+) -> Float[np.ndarray, "N K 3"]:
+    """PR = sum_t discount^t r_t, V(s_0) and discount^T V(s_T) of every segment: what people weigh (Knox et al.).
+
+    Minus the deterministic regret is the first, less the second, plus the third.
+
+    Args:
+        queries: of segments of T steps.
+        values: V, as a function of observations, or as one number for each row of the dataset's observations. A
+            terminal state is worth 0, whatever this says about it.
+        discount: the one under which V was computed.
+
+    Raises:
+        ValueError: the values are no finite numbers, one for each observation.
+    """
+    windows, observations = _Windows.of(queries), queries.dataset.observations
+    ends = np.stack([windows.rows, windows.rows + queries.length])
+    if callable(values):
+        first_values, last_values = _evaluate("values", values, ends, observations)
+    else:
+        if np.shape(values) != observations.shape[:1]:
+            raise ValueError(
+                f"values must be one number per observation: shape {[len(observations)]}, not {list(np.shape(values))}."
+            )
+        first_values, last_values = _evaluate("values", lambda of_rows: of_rows, ends, np.asarray(values))
+    last_values = np.where(windows.reach_terminal, 0.0, last_values)
+    # Double precision: labels depend on small differences of large sums.
+    earned = windows.rewards(queries, queries.length).astype(np.float64) @ discount ** np.arange(queries.length)
+    statistics = np.stack([earned, first_values, discount**queries.length * last_values], axis=-1)
+    return np.asarray(statistics[windows.which])
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ STATUS_ERROR = 2
 """The command could not be carried out."""
 STATUS_INTERRUPTED = 130
 
+_LABEL_FIT = "label fit"
+_VALUES = "V of each row of the dataset's observations, as numpy.save writes it"
+
 BEHAVIOURS = {
     "expert": "Expert",
     "offset": "Offset",
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: as typed after `robopref`; those of this process if None.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -77,6 +80,11 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
             raise argparse.ArgumentError(None, f"there is no {action.dest} {value!r}{_nearest(str(value), known)}")
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `label fit` as one word, as what follows `label` is no command to argparse."""
+    return [_LABEL_FIT, *arguments[2:]] if list(arguments[:2]) == _LABEL_FIT.split() else list(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,15 +128,41 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--keep-states", action="store_true", help="keep simulator states, which exact regret needs")
     collect.set_defaults(run=_data_collect)
 
-    label = commands.add_parser("label", parents=[common], help="draw queries and have a simulated teacher answer them")
+    label = commands.add_parser(
+        "label",
+        parents=[common],
+        help="draw queries and have a simulated teacher answer them",
+        epilog=f"`robopref {_LABEL_FIT}` fits a teacher to labels; a dataset in a folder called fit is given as ./fit.",
+    )
     label.add_argument("dataset", type=Path, metavar="DATASET", help="the folder of a dataset of episodes")
     label.add_argument("out", type=Path, metavar="OUT", help="the preference record to write, such as labels.parquet")
-    label.add_argument("--teacher", default="oracle", help="oracle, mistake, noisy, skip, equal or myopic")
+    label.add_argument(
+        "--teacher",
+        default="oracle",
+        help="oracle, mistake, noisy, skip, equal or myopic; or the .json file of a fitted one",
+    )
+    label.add_argument("--values", type=Path, metavar="FILE", help=f"for a fitted teacher that needs them: {_VALUES}")
     label.add_argument("--threshold", type=float, help="of skip and equal; by default a tenth of an average segment")
     label.add_argument("--queries", type=_positive, default=500, help="how many (default: %(default)s)")
     label.add_argument("--length", type=_positive, default=64, help="steps of a segment (default: %(default)s)")
     label.add_argument("--seed", type=_natural, default=0, help="of queries and answers (default: %(default)s)")
     label.set_defaults(run=_label)
+
+    fit = commands.add_parser(
+        _LABEL_FIT, parents=[common], help="fit teachers to labels, and say which one they support"
+    )
+    fit.add_argument("dataset", type=Path, metavar="DATASET", help="the folder of the dataset of episodes")
+    fit.add_argument("records", type=Path, metavar="RECORDS", help="the preference record, such as labels.parquet")
+    fit.add_argument("--labeler", metavar="NAME", help="whose labels, where the record holds those of several")
+    fit.add_argument("--values", type=Path, metavar="FILE", help=f"which some teachers need: {_VALUES}")
+    fit.add_argument("--discount", type=float, default=1.0, help="of these values (default: %(default)s)")
+    fit.add_argument("--folds", type=_positive, default=5, help="parts held out in turn (default: %(default)s)")
+    fit.add_argument("--seed", type=_natural, default=0, help="of the folds (default: %(default)s)")
+    fit.add_argument("--out", type=Path, metavar="FILE", help="write a fitted teacher here, as JSON")
+    fit.add_argument(
+        "--family", metavar="NAME", help="the one to write (default: that of the best held-out likelihood)"
+    )
+    fit.set_defaults(run=_label_fit)
 
     report = commands.add_parser("report", parents=[common], help="write the HTML report of a finished run anew")
     report.add_argument("run_folder", type=Path, metavar="RUN", help="the folder of an experiment's run")
@@ -209,7 +243,10 @@ def _data_collect(options: argparse.Namespace) -> int:
 def _label(options: argparse.Namespace) -> int:
     _check_output(options.out)
     teachers = _checkout_module("labelers.teachers")
-    if options.teacher not in teachers.PRESETS:
+    fitted = None
+    if Path(options.teacher).suffix == ".json":
+        fitted = _checkout_module("labelers.calibration").load_teacher(options.teacher)
+    elif options.teacher not in teachers.PRESETS:
         raise ValueError(f"there is no teacher {options.teacher!r}{_nearest(options.teacher, teachers.PRESETS)}")
 
     import jax
@@ -218,20 +255,59 @@ def _label(options: argparse.Namespace) -> int:
     from robopref.queries import draw_queries, label_statistics
     from robopref.records import write_records
 
+    if options.values is not None and not (fitted and fitted.needs_values):
+        raise ValueError(f"the teacher {options.teacher!r} does not look at the values of states; leave out --values")
     dataset = _load(options.dataset)
+    values = _values(options.values, dataset)
     with _waiting(f"{options.teacher} answers {options.queries} queries"):
         rng = np.random.default_rng(options.seed)
         queries = draw_queries(dataset, rng, count=options.queries, length=options.length)
         threshold = options.threshold
         if threshold is None and options.teacher in teachers.THRESHOLD_PRESETS:
             threshold = teachers.benchmark_threshold(queries)
-        labels = teachers.preset(options.teacher, threshold=threshold).label(queries, jax.random.key(options.seed))
+        teacher = fitted.teacher(values) if fitted else teachers.preset(options.teacher, threshold=threshold)
+        labels = teacher.label(queries, jax.random.key(options.seed))
         write_records(options.out, queries, labels)
     found = label_statistics(queries, labels)
     print(
         f"{options.out}: {len(queries)} queries, {found['answered']:.0%} answered, {found['ties']:.0%} of these ties;"
         f" the better partial return preferred in {found['partial_return_agreement']:.0%} of the decided pairs"
     )
+    return 0
+
+
+def _label_fit(options: argparse.Namespace) -> int:
+    if options.out is not None:
+        _check_output(options.out)
+    calibration = _checkout_module("labelers.calibration")
+    if options.family is not None and options.family not in calibration.FAMILIES:
+        raise ValueError(f"there is no family {options.family!r}{_nearest(options.family, list(calibration.FAMILIES))}")
+
+    from rich.console import Console
+
+    from robopref.records import read_records
+
+    dataset = _load(options.dataset)
+    queries, labels = read_records(options.records, dataset, options.labeler)
+    values = _values(options.values, dataset)
+    with _waiting(f"fitting teachers to {labels.answered.sum()} labels"):
+        comparison = calibration.compare_teachers(
+            queries, labels, values=values, discount=options.discount, folds=options.folds, seed=options.seed
+        )
+    known = {candidate.fitted.family: candidate.fitted for candidate in comparison.candidates}
+    chosen = comparison.best.fitted.family if options.family is None else options.family
+    if chosen not in known:
+        raise ValueError(f"the family {chosen!r} judges by the values of states; give --values")
+    console = Console(highlight=False)
+    console.print(_families(comparison))
+    console.print(_calibration(calibration, comparison))
+    console.print(comparison.conclusion, soft_wrap=True)
+    if comparison.left_out:
+        names = " and ".join(map(repr, comparison.left_out))
+        console.print(f"Left out, as they need --values: {names}.", soft_wrap=True)
+    if options.out is not None:
+        calibration.save_teacher(options.out, known[chosen])
+        console.print(f"{options.out}: the fitted teacher {chosen!r}", soft_wrap=True)
     return 0
 
 
@@ -250,6 +326,11 @@ def _load(path: Path) -> EpisodeDataset:
         from robopref.episodes import load_episodes
 
         return load_episodes(path)
+
+
+def _values(path: Path | None, dataset: EpisodeDataset) -> Any:
+    """The values of the dataset's states, or None without a path."""
+    return None if path is None else _checkout_module("labelers.calibration").read_values(path, dataset)
 
 
 def _waiting(what: str) -> AbstractContextManager[object]:
@@ -315,6 +396,39 @@ def _behaviours(dataset: EpisodeDataset) -> Any:
         chosen = names == name
         median = f"{np.median(dataset.returns[chosen]):.4g}"
         table.add_row(str(name), str(chosen.sum()), median, _success(dataset.successes[chosen]))
+    return table
+
+
+def _families(comparison: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(pad_edge=False, title=f"teachers fitted to {len(comparison.labels)} labels", title_justify="left")
+    table.add_column("teacher", max_width=20)
+    table.add_column("parameters (95% interval)", overflow="fold")
+    table.add_column("held out", justify="right")
+    table.add_column("less than the best (95% interval)", overflow="fold")
+    for candidate in comparison.candidates:
+        fitted = candidate.fitted
+        parameters = [f"{name.replace('_', ' ')} {estimate}" for name, estimate in fitted.parameters.items()]
+        best = candidate is comparison.best
+        gap = "best" if best else f"{candidate.difference:.4f} ({candidate.low:.4f} to {candidate.high:.4f})"
+        table.add_row(fitted.family, "\n".join(parameters) or "none", f"{fitted.held_out:.4f}", gap)
+    table.caption = (
+        "held out: log-likelihood per query, in nats; at most, at least, any: the labels give no other bound"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _calibration(calibration: Any, comparison: Any) -> Any:
+    from rich.table import Table
+
+    best = comparison.best
+    table = Table(pad_edge=False, title=f"predictions of {best.fitted.family!r}, held out", title_justify="left")
+    for heading in ("P(second preferred)", "share of labels", "queries"):
+        table.add_column(heading, justify="right")
+    for part in calibration.calibration_bins(best.probabilities, comparison.labels):
+        table.add_row(f"{part.predicted:.2f}", f"{part.labelled:.2f}", str(part.n))
     return table
 
 

@@ -20,12 +20,13 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from agents.bc import BCAgent, BCConfig
 from agents.cpl import CPLAgent, CPLConfig
+from agents.general_preference import GeneralPreferenceAgent, GeneralPreferenceConfig
 from agents.iql import IQLAgent, IQLConfig
 from agents.piql import PIQLAgent, PIQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
 from agents.sac import SACAgent, SACConfig
 from envs.metaworld import CPL_VIEW
-from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
+from labelers.regret import LogisticTeacher, MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from labelers.teachers import Teacher
 from robopref.agent import Agent, create_seeds, select_seed, update_many
 from robopref.checkpoints import restore_checkpoint, save_checkpoint
@@ -105,6 +106,7 @@ RANKINGS_CONFIG = CPLConfig(hidden_dims=(16,), warmup_updates=4, pretrain_update
 IQL_CONFIG = IQLConfig(hidden_dims=(16,), dropout=0.1, learning_rate=1e-3, decay_updates=30)
 # Bounded, so that an offset of all rewards matters: without, its gradient is a rounding error, which Adam magnifies.
 REWARD_CONFIG = RewardModelConfig(hidden_dims=(16,), ensemble=2, dropout=0.1, bounded=True, learning_rate=1e-3)
+GENERAL_CONFIG = GeneralPreferenceConfig(hidden_dims=(16,), planes=2, dropout=0.1, learning_rate=1e-3)
 PIQL_CONFIG = PIQLConfig(reward=REWARD_CONFIG, iql=IQL_CONFIG, reward_updates=3)
 SAC_CONFIG = SACConfig(hidden_dims=(16,), layer_norm=True, learning_rate=1e-3, target_update_every=2)
 PIXELS = Pixels(filters=4, strides=(2, 1), features=8, shift=2)
@@ -117,6 +119,7 @@ AGENTS = {
     "cpl_kl": AgentCase(CPLAgent, KL_CONFIG, preferences),
     "cpl_pixels": AgentCase(CPLAgent, dataclasses.replace(CPL_CONFIG, pixels=PIXELS), image_preferences, True),
     "cpl_rankings": AgentCase(CPLAgent, RANKINGS_CONFIG, rankings),
+    "general_preference": AgentCase(GeneralPreferenceAgent, GENERAL_CONFIG, preferences),
     "iql": AgentCase(IQLAgent, IQL_CONFIG, transitions),
     "piql": AgentCase(PIQLAgent, PIQL_CONFIG, preferences),
     "reward_model": AgentCase(RewardModelAgent, REWARD_CONFIG, preferences),
@@ -342,6 +345,7 @@ LABELERS = {
     "noisy": LabelerCase(lambda point, dataset: Teacher(temperature=3.0, mistake=0.2), False),
     "regret": LabelerCase(regret_teacher, True),
     "noisy_regret": LabelerCase(partial(regret_teacher, temperature=2.0), False),
+    "logistic_regret": LabelerCase(lambda point, dataset: LogisticTeacher(point.values, point.discount), False),
     "simulated_regret": LabelerCase(simulated_regret_teacher, True),
     "noisy_simulated_regret": LabelerCase(partial(simulated_regret_teacher, temperature=2.0), False),
     "measured_regret": LabelerCase(measured_regret_teacher, True),

@@ -17,7 +17,13 @@ import pytest
 import envs
 from envs.behaviours import Expert, Offset
 from labelers import regret
-from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
+from labelers.regret import (
+    LogisticTeacher,
+    MeasuredRegretTeacher,
+    RegretTeacher,
+    SimulatedRegretTeacher,
+    segment_statistics,
+)
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
 from robopref.queries import Labeler, Queries
 from robopref.rollouts import RolloutWorkers
@@ -292,6 +298,87 @@ def test_regret_teachers_that_make_no_sense_are_refused(wrong: dict[str, Any], m
         RegretTeacher(**{"values": values_of, "discount": DISCOUNT, **wrong})
 
 
+@pytest.mark.parametrize("given", ["a function", "rows"])
+def test_segment_statistics_are_what_was_earned_and_what_the_ends_are_worth(terminal: EpisodeDataset, given: str):
+    queries = all_segments(terminal)
+    last = cells(queries.last_observations)
+    earned = queries.rewards @ DISCOUNT ** np.arange(LENGTH)
+    ended = np.where(last == GOAL, 0.0, DISCOUNT**LENGTH * value(last))
+    expected = np.stack([earned, value(cells(queries.observations)[..., 0]), ended], axis=-1)
+
+    def wrong_at_the_goal(observations: np.ndarray) -> np.ndarray:
+        return np.where(cells(observations) == GOAL, -100.0, values_of(observations))
+
+    values = wrong_at_the_goal if given == "a function" else wrong_at_the_goal(terminal.observations)
+    found = segment_statistics(queries, values, DISCOUNT)
+    assert (last == GOAL).any()
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    # The default weights make the score minus the regret.
+    scores = LogisticTeacher(values, DISCOUNT).segment_scores(queries)
+    np.testing.assert_allclose(scores, -closed_form(queries), atol=1e-12)
+
+
+def test_the_logistic_teacher_answers_with_its_probability(absorbing: EpisodeDataset):
+    queries, weights, temperature, lapse = all_segments(absorbing), np.array([0.8, -0.2, 0.5]), 0.7, 0.2
+    score = segment_statistics(queries, values_of, DISCOUNT) @ weights
+    attentive = 1 / (1 + np.exp(-(score[:, 1] - score[:, 0]) / temperature))
+    probability = (1 - lapse) * attentive + lapse / 2
+    teacher = functools.partial(LogisticTeacher, values_of, DISCOUNT, *weights, temperature=temperature, lapse=lapse)
+    soft = teacher(soft=True).label(queries, jax.random.key(0))
+    np.testing.assert_allclose(soft.values, probability, rtol=1e-9)
+
+    pair = int(np.argmax(probability))
+    drawn = teacher().label(queries.take(np.full(3000, pair)), jax.random.key(1)).values
+    assert set(drawn) == {0.0, 1.0}
+    assert probability[pair] > 0.6
+    assert abs(drawn.mean() - probability[pair]) < 5 * math.sqrt(probability[pair] * (1 - probability[pair]) / 3000)
+
+
+def test_a_logistic_teacher_without_noise_errs_in_half_of_its_lapses(absorbing: EpisodeDataset):
+    queries, lapse = all_segments(absorbing), 0.3
+    gap = np.subtract(*closed_form(queries).T)
+    pair = int(np.argmax(gap))
+    teacher = LogisticTeacher(lambda o: values_of(o).round(12), DISCOUNT, temperature=0.0, lapse=lapse)
+    drawn = teacher.label(queries.take(np.full(3000, pair)), jax.random.key(2)).values
+    assert abs(drawn.mean() - (1 - lapse / 2)) < 5 * math.sqrt(lapse / 2 * (1 - lapse / 2) / 3000)
+
+
+def test_logistic_orders_are_those_of_plackett_luce_and_know_no_lapses(absorbing: EpisodeDataset):
+    queries = all_segments(absorbing, candidates=3)
+    strengths = np.exp(-closed_form(queries))
+    place = int(np.argmax(strengths[:, 0] / strengths.sum(axis=1)))
+    first = LogisticTeacher(values_of, DISCOUNT).label(queries.take(np.full(3000, place)), jax.random.key(3)).orders
+    probability = strengths[place, 0] / strengths[place].sum()
+    assert probability > 0.5
+    share = (first[:, 0] == 0).mean()
+    assert abs(share - probability) < 5 * math.sqrt(probability * (1 - probability) / 3000)
+    for wrong in ({"lapse": 0.1}, {"soft": True}):
+        with pytest.raises(ValueError, match="no lapses or soft labels"):
+            LogisticTeacher(values_of, DISCOUNT, **wrong).label(queries, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"discount": 1.1}, "discount"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"lapse": 1.1}, "lapse"),
+        ({"start_value_weight": math.inf}, "start_value_weight must be finite"),
+    ],
+)
+def test_logistic_teachers_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        LogisticTeacher(**{"values": values_of, "discount": DISCOUNT, **wrong})
+
+
+def test_values_in_rows_are_those_of_the_dataset(absorbing: EpisodeDataset):
+    queries, rows = all_segments(absorbing), len(absorbing.observations)
+    with pytest.raises(ValueError, match=rf"shape \[{rows}\], not \[{rows - 1}\]"):
+        LogisticTeacher(np.zeros(rows - 1), DISCOUNT).segment_scores(queries)
+    with pytest.raises(ValueError, match="not finite at row 0"):
+        LogisticTeacher(np.full(rows, np.nan), DISCOUNT).segment_scores(queries)
+
+
 @pytest.mark.parametrize("processes", [0, 2])
 def test_simulated_regret_is_the_closed_form_in_any_number_of_processes(absorbing: EpisodeDataset, processes: int):
     queries = all_segments(absorbing).take(np.arange(20))
@@ -424,7 +511,7 @@ def test_measured_regrets_speak_of_their_own_segments_only(absorbing: EpisodeDat
 
 def test_no_queries_have_no_labels(absorbing: EpisodeDataset):
     queries = all_segments(absorbing).take(np.arange(0))
-    for teacher in (RegretTeacher(values_of, DISCOUNT), simulated()):
+    for teacher in (RegretTeacher(values_of, DISCOUNT), LogisticTeacher(values_of, DISCOUNT), simulated()):
         assert len(teacher.label(queries, jax.random.key(0))) == 0
 
 

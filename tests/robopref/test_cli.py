@@ -78,7 +78,8 @@ def test_help_needs_the_standard_library_only() -> None:
 
 
 def test_help_of_every_command_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["doctor"], ["data"], ["data", "info"], ["data", "check"], ["data", "collect"], ["label"]):
+    data = (["data"], ["data", "info"], ["data", "check"], ["data", "collect"])
+    for command in ([], ["doctor"], *data, ["label"], ["label", "fit"]):
         with pytest.raises(SystemExit) as stop:
             cli.main([*command, "--help"])
         assert stop.value.code == 0
@@ -97,6 +98,11 @@ def test_help_of_every_command_is_printed(capsys: pytest.CaptureFixture[str]) ->
         (["data", "check", "somewhere", "--length", "0"], "'0' is not an integer of at least 1"),
         (["data", "check", "somewhere", "--length", "many"], "'many' is not an integer"),
         (["label", "a", "b", "--teacher", "oracel"], "did you mean oracle?"),
+        (["label", "a", "b", "--teacher", "no/such/teacher.json"], "no/such/teacher.json does not exist"),
+        (["label", "a", "b", "--values", "v.npy"], "does not look at the values"),
+        (["label", "fit", "/no/such/folder", "b"], "/no/such/folder"),
+        (["label", "fit", "a", "b", "--family", "regrets"], "did you mean regret?"),
+        (["label", "fit", "a"], "RECORDS"),
         (["doctor", "--js"], "--js"),
         (["data", "collect", "metaworld/door-opn-v3", "new"], "did you mean door-open-v3"),
         (["data", "collect", "metaworld/reach-v3", "new", "--behaviour", "expert,ofset"], "did you mean offset?"),
@@ -268,6 +274,58 @@ def test_the_teacher_who_skips_takes_a_threshold(dataset: Path, threshold: list[
     assert read_records(out, load_episodes(dataset))[1].answered.mean() == answered
 
 
+def test_a_teacher_is_fitted_to_labels_and_labels_in_its_turn(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, records = dataset.parent, str(dataset.parent / "labels.parquet")
+    values, teacher, other = (str(folder / name) for name in ("values.npy", "teacher.json", "other.json"))
+    loaded = load_episodes(dataset)
+    np.save(values, np.random.default_rng(0).normal(size=len(loaded.observations)))
+    drawing = ["--queries", "120", "--length", "4"]
+    assert cli.main(["label", str(dataset), records, "--teacher", "mistake", *drawing]) == 0
+
+    fit = ["label", "fit", str(dataset), records, "--folds", "2"]
+    assert cli.main([*fit, "--out", teacher]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "teachers fitted to 120 labels" in out
+    assert "speak against 'coin'" in out or "better than 'coin'" in out
+    assert "Left out, as they need --values: 'regret' and 'start, end and partial return'." in out
+    written = json.loads(Path(teacher).read_text())
+    assert (written["n"], written["labeler"], written["dataset_hash"]) == (120, "mistake", loaded.hash)
+    # A tenth of the answers is turned round, and so a fifth is left to chance.
+    lapse = written["parameters"]["lapse"]
+    assert lapse["low"] < 0.2 < lapse["high"]
+    assert f"lapse {lapse['value']:.3g} ({lapse['low']:.3g} to {lapse['high']:.3g})" in out
+
+    assert cli.main([*fit, "--family", "regret"]) == 2
+    assert "give --values" in capsys.readouterr().err
+    assert cli.main([*fit, "--values", values, "--discount", "0.9", "--family", "regret", "--out", other]) == 0
+    assert "Left out" not in capsys.readouterr().out
+    assert json.loads(Path(other).read_text())["discount"] == 0.9
+    assert cli.main([*fit, "--out", teacher]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+    again = str(folder / "again.parquet")
+    assert cli.main(["label", str(dataset), again, "--teacher", other, *drawing]) == 2
+    assert "judges by the values of states" in capsys.readouterr().err
+    assert cli.main(["label", str(dataset), again, "--teacher", teacher, *drawing]) == 0
+    labels = read_records(again, loaded)[1]
+    assert (len(labels), labels.labeler) == (120, f"fitted {written['family']}")
+    assert labels.parameters["mistake"] == lapse["value"] / 2
+    with_values = ["--teacher", other, "--values", values, *drawing]
+    assert cli.main(["label", str(dataset), str(folder / "third.parquet"), *with_values]) == 0
+    assert read_records(folder / "third.parquet", loaded)[1].labeler == "fitted regret"
+
+
+def test_a_dataset_may_be_in_a_folder_called_fit(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset.rename(dataset.parent / "fit")
+    monkeypatch.chdir(dataset.parent)
+    assert cli.main(["label", "./fit", "labels.parquet", "--queries", "5", "--length", "4"]) == 0
+    assert "5 queries, 100% answered" in capsys.readouterr().out
+
+
 def test_nothing_is_overwritten(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = dataset.parent / "labels.parquet"
     out.write_text("precious")
@@ -285,6 +343,7 @@ def test_nothing_is_overwritten(dataset: Path, capsys: pytest.CaptureFixture[str
     [
         (["data", "collect", "toy", "new"], "envs"),
         (["label", "episodes", "new.parquet"], "labelers"),
+        (["label", "fit", "episodes", "labels.parquet"], "labelers"),
         (["report", "."], "experiments"),
     ],
 )
