@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
 Scores: TypeAlias = Float[np.ndarray, "seeds episodes"]
 Verdict: TypeAlias = Literal["better", "worse", "undecided"]
@@ -242,6 +242,54 @@ def ranking_scores(scores: ArrayLike, labels: ArrayLike) -> Float[np.ndarray, " 
     decided = answers != 0.5
     gaps = (table[:, 1] - table[:, 0])[decided] * np.sign(answers[decided] - 0.5)
     return np.where(gaps == 0, 0.5, gaps > 0).astype(float)
+
+
+def log_likelihoods(probabilities: ArrayLike, labels: ArrayLike) -> Float[np.ndarray, "*B N"]:
+    """label * log p + (1 - label) * log(1 - p): how likely each label was thought to be, 0 being the best.
+
+    Args:
+        probabilities: `[*B, N]`, P(the second is preferred) as foretold; leading axes may be training seeds. Taken in
+            float64, for a sigmoid in float32 is 1 from logits of 17 on.
+        labels: `[N]`, from 0 to 1.
+
+    Raises:
+        ValueError: a number does not lie in [0, 1], or what happened was said to be impossible.
+    """
+    values, answers = np.asarray(probabilities, float), np.asarray(labels, float)
+    if answers.ndim != 1 or values.shape[-1:] != answers.shape:
+        raise ValueError(f"probabilities [..., N] and labels [N] are needed, not {values.shape} and {answers.shape}")
+    for name, given in (("probabilities", values), ("labels", answers)):
+        if not ((given >= 0) & (given <= 1)).all():
+            raise ValueError(f"{name} must lie between 0 and 1")
+    likelihoods = special.xlogy(answers, values) + special.xlog1py(1 - answers, -values)
+    if not np.isfinite(likelihoods).all():
+        index = int(np.argwhere(~np.isfinite(likelihoods))[0, -1])
+        raise ValueError(
+            f"a probability of label {index}, {answers[index]}, is exactly 0 or 1 and rules it out; compute "
+            "probabilities from logits in float64, or keep them away from 0 and 1"
+        )
+    return np.asarray(likelihoods)
+
+
+def intransitivity(
+    general: ArrayLike, transitive: ArrayLike, labels: ArrayLike, rng: np.random.Generator
+) -> Comparison:
+    """Whether held-out labels go in circles: log-likelihood of a general model minus that of a transitive one.
+
+    A general model (such as agents/general_preference.py) can say that each of three segments beats the next; one with
+    a score per segment, such as Bradley-Terry's, cannot (Zhang et al. 2024, arXiv:2410.02197). "better" says that the
+    scores do not explain the labels. Circles are one reason; another may be that the true score is not of the form that
+    the transitive model gives it, such as a sum over steps. The other verdicts do not rule circles out: with more
+    freedom, a model also learns more of the noise. Both should have been trained alike. Pairs count as independent: no
+    segment should be in many of them.
+
+    Args:
+        general: P(the second is preferred) by the general model, `[N]` or `[seeds, N]`.
+        transitive: the same by the transitive model.
+        labels: `[N]`, of pairs that neither was trained on.
+        rng: resamples (see `compare`).
+    """
+    return compare(log_likelihoods(general, labels), log_likelihoods(transitive, labels), rng)
 
 
 def attainable_accuracy(probabilities: ArrayLike) -> float:

@@ -3,26 +3,28 @@
 Values come from the linear system v = r + discount P v of a policy, and optimal ones from policy iteration: some ten
 such systems, where value iteration at a discount of 0.999 needs 25,000 sweeps as soon as the best policy goes round for
 ever. The scaled return, the value by softmax over policies and the use of successor features are those of Knox et al.,
-"Models of human preference for learning reward functions" (arXiv 2206.02231).
+"Models of human preference for learning reward functions" (arXiv 2206.02231). The policy that serves several groups of
+people is that of Chakraborty et al., "MaxMin-RLHF" (arXiv 2402.08925), found here by a linear program.
 
-All but `softmax_value` insist on float64, which JAX has only under `with jax.enable_x64(True):`. At a discount of 0.999
-the system magnifies rounding a thousandfold: in float32 the returns of the delivery board come out wrong by 5e-5, and
-values of a few thousand by 1e-2, so that actions of equal worth no longer tie. The functions take one process;
-`jax.vmap`, inside that context, makes them take many of one shape (see `stack`).
+All but `softmax_value` and `maximin_policy` insist on float64, which JAX has only under `with jax.enable_x64(True):`.
+At a discount of 0.999 the system magnifies rounding a thousandfold: in float32 the returns of the delivery board come
+out wrong by 5e-5, and values of a few thousand by 1e-2, so that actions of equal worth no longer tie. The functions
+take one process; `jax.vmap`, inside that context, makes all but `maximin_policy` take many of one shape (see `stack`).
 
-Axes: *B any batch axes, S states, A actions, F reward features, K candidates.
+Axes: *B any batch axes, S states, A actions, F reward features, K candidates, G groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
+from scipy import optimize
 
 from robopref.types import PyTree
 
@@ -33,6 +35,9 @@ _MAX_ROUNDS = 1000
 
 _GAIN = 1e-12
 """What another action must promise, relative to the largest value, to be more than rounding."""
+
+_VISITED = 1e-9
+"""Visits of a state, relative to those of all, below which the linear program cannot tell whether there are any."""
 
 
 class TabularMDP(struct.PyTreeNode):
@@ -154,6 +159,56 @@ def scaled_return(mdp: TabularMDP, policy: Float[Array, "S A"]) -> Float[Array, 
     return (mean_return(mdp, policy) - worst) / (best - worst)
 
 
+class MaximinPolicy(NamedTuple):
+    """A policy for several groups, and what each of them has of it.
+
+    Attributes:
+        policy: action probabilities.
+        scaled_returns: for each group, 1 where the policy is optimal for it, 0 where it is like the baseline.
+    """
+
+    policy: Float[np.ndarray, "S A"]
+    scaled_returns: Float[np.ndarray, " G"]
+
+
+def maximin_policy(
+    mdp: TabularMDP, weights: Float[Numbers, "G F"], baseline: Float[Numbers, "S A"] | None = None
+) -> MaximinPolicy:
+    """The policy whose least-served group is served best (the objective of Chakraborty et al.).
+
+    Group g is paid features @ weights_g. Over all policies, which may be stochastic, it maximises the minimum over
+    groups of the scaled return (J_g - J_g,baseline) / (J_g* - J_g,baseline). That is a linear program over how often,
+    discounted, each action is taken in each state: what flows into a state flows out of it. It takes and gives NumPy
+    arrays, and needs no `jax.enable_x64`.
+
+    Args:
+        mdp: with features; its own rewards do not count.
+        weights: of the features, for each group.
+        baseline: the policy that counts as 0 for every group; the uniform one by default.
+
+    Returns:
+        The policy, uniform in states that it never visits, and the scaled return of each group.
+
+    Raises:
+        ValueError: the process has no features, a group has no policy better than the baseline, or the program was not
+            solved.
+    """
+    with jax.enable_x64(True):
+        groups = [mdp.reweighted(each) for each in np.asarray(weights, np.float64)]
+        reference = uniform_policy(mdp) if baseline is None else jnp.asarray(baseline)
+        worst = np.array([mean_return(group, reference) for group in groups])
+        best = np.array([np.sum(mdp.start * np.asarray(optimal_values(group))) for group in groups])
+        for index in np.flatnonzero(best - worst <= _GAIN * (1.0 + np.abs(best))):
+            raise ValueError(f"no policy serves group {index} better than the baseline; leave that group out.")
+        gains = np.stack([np.asarray(group.rewards) / gap for group, gap in zip(groups, best - worst, strict=True)])
+        visits = _maximin_visits(mdp, gains, worst / (best - worst))
+        often = visits.sum(axis=1, keepdims=True)
+        seen = often > _VISITED * often.sum()
+        policy = np.where(seen, visits / np.where(seen, often, 1.0), 1.0 / visits.shape[1])
+        returns = np.array([mean_return(group, jnp.asarray(policy)) for group in groups])
+    return MaximinPolicy(policy, (returns - worst) / (best - worst))
+
+
 def softmax_value(
     values: Float[Array, "*B K"], temperature: float | Float[Array, ""], where: Bool[Array, "*B K"] | None = None
 ) -> Float[Array, "*B"]:
@@ -175,6 +230,34 @@ def softmax_value(
     below = jnp.where(counts, values - largest, 0.0)
     weights = jnp.where(counts, jnp.exp(below / temperature), 0.0)
     return largest[..., 0] + jnp.sum(weights * below, axis=-1) / jnp.sum(weights, axis=-1)
+
+
+def _maximin_visits(
+    mdp: TabularMDP, rewards: Float[np.ndarray, "G S A"], offsets: Float[np.ndarray, " G"]
+) -> Float[np.ndarray, "S A"]:
+    """Discounted visits with the greatest minimum over groups of visits @ rewards - offset; 0 in terminal states."""
+    alive = ~np.asarray(mdp.terminal)
+    count, num_actions = int(alive.sum()), rewards.shape[-1]
+    inside = np.asarray(mdp.transitions)[alive][..., alive].reshape(-1, count)
+    leaving = np.repeat(np.eye(count), num_actions, axis=0)
+    # The last variable is the minimum over groups.
+    flow = np.column_stack([(leaving - mdp.discount * inside).T, np.zeros(count)])
+    earned = np.column_stack([-rewards[:, alive].reshape(len(rewards), -1), np.ones(len(rewards))])
+    solution = optimize.linprog(
+        -np.eye(count * num_actions + 1)[-1],
+        A_ub=earned,
+        b_ub=-offsets,
+        A_eq=flow,
+        b_eq=np.asarray(mdp.start)[alive],
+        bounds=[(0.0, None)] * (count * num_actions) + [(None, None)],
+        method="highs",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    if solution.x is None:
+        raise ValueError(f"the linear program for the groups' policy was not solved: {solution.message}")
+    visits = np.zeros(rewards.shape[1:])
+    visits[alive] = np.maximum(solution.x[:-1].reshape(count, num_actions), 0.0)
+    return visits
 
 
 @jax.jit

@@ -21,6 +21,8 @@ from robopref.evaluation import (
     compare,
     episodes_needed,
     interquartile_mean,
+    intransitivity,
+    log_likelihoods,
     probability_of_improvement,
     ranking_scores,
     return_interval,
@@ -474,3 +476,45 @@ def test_nothing_ranks_drawn_labels_better_than_their_probabilities() -> None:
         reached = np.mean([ranking_scores(scores, labels) for labels in drawn])
         assert reached == pytest.approx(expected, abs=0.01)
         assert reached <= attainable_accuracy(probabilities) + 0.01
+
+
+def test_log_likelihoods_by_hand() -> None:
+    found = log_likelihoods([[0.9, 0.9, 0.3, 1.0], [0.5, 0.5, 0.5, 0.5]], [1.0, 0.0, 0.25, 1.0])
+    mixed = 0.25 * math.log(0.3) + 0.75 * math.log(0.7)
+    np.testing.assert_allclose(found, [[math.log(0.9), math.log(0.1), mixed, 0.0], [-math.log(2)] * 4])
+
+
+@given(st.floats(0.01, 0.99), st.floats(0, 1))
+def test_no_probability_makes_a_label_likelier_than_itself(probability: float, label: float) -> None:
+    found = log_likelihoods([probability], [label])
+    np.testing.assert_allclose(found, log_likelihoods([1 - probability], [1 - label]), atol=1e-12)
+    assert found[0] <= log_likelihoods([label], [label])[0] + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "message"),
+    [
+        ([0.5, 0.5], [1.0], "labels \\[N\\] are needed"),
+        ([1.2], [1.0], "probabilities must lie"),
+        ([math.nan], [1.0], "probabilities must lie"),
+        ([0.5], [-0.1], "labels must lie"),
+        ([[0.5, 1.0]], [1.0, 0.0], "label 1, 0.0, is exactly 0 or 1 and rules it out"),
+        ([0.0, 1.0], [0.5, 1.0], "label 0, 0.5"),
+    ],
+)
+def test_likelihoods_that_make_no_sense_are_refused(probabilities: object, labels: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        log_likelihoods(probabilities, labels)  # type: ignore[arg-type]
+
+
+def test_intransitivity_is_the_paired_difference_of_log_likelihoods() -> None:
+    """Of labels that go in circles, who knows that against who can only say one half."""
+    labels = (_rng().random(300) < 0.9).astype(float)
+    found = intransitivity(np.full(300, 0.9), np.full(300, 0.5), labels, _rng())
+    share = labels.mean()
+    expected = share * math.log(0.9) + (1 - share) * math.log(0.1) + math.log(2)
+    assert found.difference == pytest.approx(expected)
+    assert (found.verdict, found.n, found.seeds) == ("better", 300, 1)
+    swapped = intransitivity(np.full(300, 0.5), np.full((2, 300), 0.9), labels, _rng())
+    assert swapped.difference == pytest.approx(-expected)
+    assert (swapped.verdict, swapped.n, swapped.seeds) == ("worse", 600, 2)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 
+from envs.delivery import CORRIDOR, Board, to_mdp
 from robopref.mdp import (
     TabularMDP,
     advantages,
     greedy_policy,
+    maximin_policy,
     mean_return,
     optimal_values,
     policy_values,
@@ -344,3 +348,140 @@ def test_the_largest_value_is_subtracted_before_the_division() -> None:
         huge, slope = jax.value_and_grad(softmax_value)(jnp.asarray([-5e4, 5e4, 4.9e4], jnp.float32), temperature)
     assert float(huge) == 5e4
     np.testing.assert_array_equal(slope, [0.0, 1.0, 0.0])
+
+
+# The policy for several groups
+
+TASTES = np.array([[1.0, -2.0, 0.5, 3.0], [-1.0, 0.5, 2.0, -1.0], [0.0, 1.0, -1.0, 0.5]])
+TOWN = Board.read("""
+    c..s
+    .h.:
+    g.Cr
+""")
+TOWN_TASTES = np.array([[-1.0, 50.0, -50.0, 1.0, -1.0, -2.0], [-1.0, 5.0, -50.0, 4.0, -1.0, 1.0]])
+
+
+def scaled_returns(mdp: TabularMDP, weights: np.ndarray, policy: np.ndarray) -> list[float]:
+    """Of each group, by the other functions."""
+    return [float(scaled_return(mdp.reweighted(each), jnp.asarray(policy))) for each in weights]
+
+
+def best_of(mdp: TabularMDP, weights: np.ndarray) -> np.ndarray:
+    weighted = mdp.reweighted(weights)
+    return np.asarray(greedy_policy(q_values(weighted, optimal_values(weighted))))
+
+
+def best_of_a_mixture(mdp: TabularMDP, weights: np.ndarray, shares: np.ndarray) -> float:
+    """The greatest sum of shares * scaled returns: what any policy's least scaled return stays below."""
+    uniform = uniform_policy(mdp)
+    groups = [mdp.reweighted(each) for each in weights]
+    worst = np.array([mean_return(group, uniform) for group in groups])
+    gaps = np.array([mdp.start @ np.asarray(optimal_values(group)) for group in groups]) - worst
+    mixture = mdp.reweighted((shares / gaps) @ weights)
+    return float(mdp.start @ np.asarray(optimal_values(mixture)) - shares @ (worst / gaps))
+
+
+def mixture_of_two(mdp: TabularMDP, weights: np.ndarray, share: float) -> float:
+    return best_of_a_mixture(mdp, weights, np.array([share, 1 - share]))
+
+
+def test_one_group_is_served_by_an_optimal_policy() -> None:
+    for mdp, weights in ((random_mdp(0), TASTES[0]), (to_mdp(TOWN, 0.999), TOWN_TASTES[0])):
+        found = maximin_policy(mdp, weights[None])
+        weighted = mdp.reweighted(weights)
+        best = mdp.start @ np.asarray(optimal_values(weighted))
+        assert float(mean_return(weighted, found.policy)) == pytest.approx(best, abs=1e-7)
+        np.testing.assert_allclose(found.scaled_returns, [1.0], atol=1e-8)
+        np.testing.assert_allclose(found.policy.sum(axis=1), 1.0)
+
+
+@pytest.mark.parametrize("discount", [0.9, 0.999])
+def test_no_policy_serves_the_least_served_of_two_groups_better(discount: float) -> None:
+    for mdp, weights in ((random_mdp(1, discount=discount), TASTES[:2]), (to_mdp(TOWN, discount), TOWN_TASTES)):
+        policy, returns = maximin_policy(mdp, weights)
+        np.testing.assert_allclose(returns, scaled_returns(mdp, weights, policy), atol=1e-9)
+        for other in (*weights, weights.mean(axis=0)):
+            assert returns.min() >= min(scaled_returns(mdp, weights, best_of(mdp, other))) - 1e-7
+        # No mixture of the groups' rewards can be worth less, and by strong duality one is worth just as much.
+        worth = partial(mixture_of_two, mdp, weights)
+        assert min(map(worth, np.linspace(0, 1, 9))) >= returns.min() - 1e-7
+        least = minimize_scalar(worth, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-7}).fun
+        assert least == pytest.approx(returns.min(), abs=1e-4)
+
+
+def test_no_mixture_of_three_groups_is_worth_less_than_the_least_served() -> None:
+    mdp = random_mdp(2)
+    policy, returns = maximin_policy(mdp, TASTES)
+    np.testing.assert_allclose(returns, scaled_returns(mdp, TASTES, policy), atol=1e-9)
+    shares = np.random.default_rng(0).dirichlet(np.ones(3), 20)
+    assert min(best_of_a_mixture(mdp, TASTES, each) for each in shares) >= returns.min() - 1e-7
+    assert returns.min() > min(scaled_returns(mdp, TASTES, best_of(mdp, TASTES.mean(axis=0)))) + 0.01
+
+
+def opposite_tastes() -> TabularMDP:
+    """One state for ever and two actions, each with a feature of its own."""
+    return TabularMDP(
+        transitions=np.ones((1, 2, 1)),
+        rewards=np.zeros((1, 2)),
+        start=np.ones(1),
+        terminal=np.zeros(1, bool),
+        discount=np.asarray(0.9),
+        features=np.eye(2)[None],
+    )
+
+
+def test_opposite_tastes_are_each_served_half_the_time() -> None:
+    """Whatever the scales of their rewards. What one gains the other loses, so any baseline is its own best."""
+    mdp = opposite_tastes()
+    found = maximin_policy(mdp, np.array([[1.0, 0.0], [0.0, 100.0]]))
+    np.testing.assert_allclose(found.policy, [[0.5, 0.5]], atol=1e-9)
+    np.testing.assert_allclose(found.scaled_returns, [0.0, 0.0], atol=1e-9)
+    baseline = np.array([[0.25, 0.75]])
+    policy, returns = maximin_policy(mdp, np.array([[1.0, 0.0], [0.0, 1.0]]), baseline)
+    np.testing.assert_allclose(policy, baseline, atol=1e-9)
+    np.testing.assert_allclose(returns, [0.0, 0.0], atol=1e-9)
+
+
+def test_a_third_way_that_both_like_well_enough_is_taken() -> None:
+    """Actions earn (1, 0), (0, 1) and (0.8, 0.8); chance earns 0.6 of either, so the third scales to 1/2."""
+    mdp = opposite_tastes().replace(
+        transitions=np.ones((1, 3, 1)), rewards=np.zeros((1, 3)), features=np.array([[[1, 0], [0, 1], [0.8, 0.8]]])
+    )
+    policy, returns = maximin_policy(mdp, np.array([[1.0, 0.0], [0.0, 5.0]]))
+    np.testing.assert_allclose(policy, [[0.0, 0.0, 1.0]], atol=1e-9)
+    np.testing.assert_allclose(returns, [0.5, 0.5], atol=1e-9)
+
+
+def test_states_that_are_never_visited_are_left_to_chance() -> None:
+    """Only the last cell before the goal is where episodes start."""
+    board = to_mdp(CORRIDOR, 0.9)
+    mdp = board.replace(start=np.array([0.0, 0.0, 1.0, 0.0]))
+    policy, returns = maximin_policy(mdp, TOWN_TASTES[:1])
+    np.testing.assert_allclose(policy, [[0.25] * 4, [0.25] * 4, [0, 0, 0, 1], [0.25] * 4], atol=1e-9)
+    np.testing.assert_allclose(returns, [1.0], atol=1e-9)
+
+
+def test_what_a_terminal_state_says_does_not_count_for_groups_either() -> None:
+    mdp, other = random_mdp(0), random_mdp(1)
+    junk = mdp.replace(
+        features=np.where(mdp.terminal[:, None, None], 1e6, mdp.features),
+        transitions=np.where(mdp.terminal[:, None, None], other.transitions, mdp.transitions),
+    )
+    expected, found = maximin_policy(mdp, TASTES[:2]), maximin_policy(junk, TASTES[:2])
+    np.testing.assert_allclose(found.scaled_returns, expected.scaled_returns, atol=1e-9)
+
+
+def test_the_policy_for_groups_needs_no_double_precision_around_it() -> None:
+    expected = maximin_policy(random_mdp(0), TASTES[:2])
+    with jax.enable_x64(False):
+        found = maximin_policy(random_mdp(0), TASTES[:2])
+    assert isinstance(found.policy, np.ndarray)
+    assert found.policy.dtype == found.scaled_returns.dtype == np.float64
+    np.testing.assert_array_equal(found.policy, expected.policy)
+
+
+def test_a_group_that_nothing_pleases_is_named() -> None:
+    with pytest.raises(ValueError, match="no policy serves group 1 better than the baseline"):
+        maximin_policy(random_mdp(0), np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="no reward features"):
+        maximin_policy(chain(0.9), np.ones((1, 4)))
