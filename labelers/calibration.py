@@ -19,8 +19,9 @@ reward functions" (arXiv 2206.02231), the myopic teacher is that of Lee et al., 
 **Likelihood.** A label y counts y log P + (1 - y) log(1 - P), ties and soft labels too; queries without an answer do
 not count. Intervals are those of the profile likelihood: what the data reject at 95% lies outside. They hold close to a
 limit of a parameter, such as lapse 0, where the curvature at the maximum says nothing. An end at such a limit is
-*open*: the data do not bound the parameter on that side. A tie varies less than the two answers that the likelihood
-takes it for, so that intervals are somewhat too wide where many labels are ties.
+*open*: the data do not bound the parameter on that side. Without noise the likeliest weights are infinite; those that
+are given instead are so large that larger ones are hardly likelier. A tie varies less than the two answers that the
+likelihood takes it for, so that intervals are somewhat too wide where many labels are ties.
 
 **Held out.** Each family predicts every label after it was fitted to the other folds. Queries that share a segment are
 in one fold, unless so many are linked that they would not fit into one; those are dealt out one by one. In a prediction
@@ -62,6 +63,8 @@ RowValues: TypeAlias = Float[np.ndarray, " R"]
 """V of every row of a dataset's observations."""
 
 _WEIGHTS = ("partial_return_weight", "start_value_weight", "end_value_weight")
+_NEGLIGIBLE = 1e-6
+"""Log-likelihoods that differ by less are equal: fits end about as far from their maxima."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ class Candidate:
     @property
     def supported(self) -> bool:
         """Whether the data allow that this family is no worse than the best one."""
-        return self.high >= 0
+        return self.high >= -_NEGLIGIBLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +282,7 @@ class TeacherComparison:
 
     @property
     def best(self) -> Candidate:
-        """The family that predicts held-out labels best."""
+        """The family that predicts held-out labels best; of several that do so, the simplest."""
         return self.candidates[0]
 
     @property
@@ -338,7 +341,7 @@ def compare_teachers(
         labels: the answers to them.
         values: as in `fit_teacher`; without them, the families that need them are left out.
         discount: the one under which they were computed.
-        families: which to compare.
+        families: which to compare, the simplest first.
         folds: parts of the labels that are held out in turn.
         seed: of the folds.
 
@@ -356,12 +359,13 @@ def compare_teachers(
         found = [_held_out(data, dealt) for data in every]
     answers = np.asarray(every[0].labels)
     scores = [answers * np.log(p) + (1.0 - answers) * np.log1p(-p) for _, p in found]
-    best = max(scores, key=np.mean)
+    most = max(score.mean() for score in scores) - _NEGLIGIBLE
+    best = next(score for score in scores if score.mean() >= most)
     candidates = [
         Candidate(dataclasses.replace(fitted, held_out=float(score.mean())), p, *_paired_interval(score - best))
         for (fitted, p), score in zip(found, scores, strict=True)
     ]
-    candidates.sort(key=lambda each: -each.difference)
+    candidates.sort(key=lambda each: max(-each.difference, 0.0))
     return TeacherComparison(tuple(candidates), answers, left_out, split_up)
 
 
@@ -600,11 +604,13 @@ def _maximum(data: _Data, weights: Float[Array, " n"], starts: Sequence[Float[np
     """The likeliest parameters; where a limit is as likely, that one."""
     found = _ascend(data, weights, _promising(data, weights, starts, count=3))
     for index, name in enumerate(data.family.parameters):
-        for limit in _KINDS[name].room if name not in _WEIGHTS else ():
+        # First no noise, no lapses and nothing forgotten.
+        limits = sorted(_KINDS[name].room, reverse=name == "past_discount")
+        for limit in limits if name not in _WEIGHTS else ():
             moved = found.numbers.copy()
             moved[index] = limit
             likelihood = _log_likelihood(data, weights, moved)
-            if likelihood >= found.log_likelihood - 1e-6:
+            if likelihood >= found.log_likelihood - _NEGLIGIBLE:
                 found = _Point(moved, likelihood)
                 break
     return found

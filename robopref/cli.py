@@ -400,19 +400,27 @@ def _behaviours(dataset: EpisodeDataset) -> Any:
 
 
 def _families(comparison: Any) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table(pad_edge=False, title=f"teachers fitted to {len(comparison.labels)} labels", title_justify="left")
-    table.add_column("teacher", max_width=20)
+    title = f"teachers fitted to {len(comparison.labels)} labels"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table.add_column("teacher", max_width=14)
     table.add_column("parameters (95% interval)", overflow="fold")
     table.add_column("held out", justify="right")
-    table.add_column("less than the best (95% interval)", overflow="fold")
+    table.add_column("less the best\n(95% interval)")
     for candidate in comparison.candidates:
         fitted = candidate.fitted
-        parameters = [f"{name.replace('_', ' ')} {estimate}" for name, estimate in fitted.parameters.items()]
-        best = candidate is comparison.best
-        gap = "best" if best else f"{candidate.difference:.4f} ({candidate.low:.4f} to {candidate.high:.4f})"
-        table.add_row(fitted.family, "\n".join(parameters) or "none", f"{fitted.held_out:.4f}", gap)
+        names = [name.removesuffix("_weight").replace("_", " ") for name in fitted.parameters]
+        parameters = [f"{name} {each}" for name, each in zip(names, fitted.parameters.values(), strict=True)]
+        gap = "best"
+        if candidate is not comparison.best:
+            # The sum has no minus before a zero.
+            difference, low, high = (
+                f"{round(end, 4) + 0.0:.4f}" for end in (candidate.difference, candidate.low, candidate.high)
+            )
+            gap = f"{difference}\n({low} to {high})"
+        table.add_row(fitted.family, "\n".join(parameters) or "none", f"{fitted.held_out:.4f}", gap, end_section=True)
     table.caption = (
         "held out: log-likelihood per query, in nats; at most, at least, any: the labels give no other bound"
     )
@@ -421,10 +429,12 @@ def _families(comparison: Any) -> Any:
 
 
 def _calibration(calibration: Any, comparison: Any) -> Any:
+    from rich import box
     from rich.table import Table
 
     best = comparison.best
-    table = Table(pad_edge=False, title=f"predictions of {best.fitted.family!r}, held out", title_justify="left")
+    title = f"predictions of {best.fitted.family!r}, held out"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for heading in ("P(second preferred)", "share of labels", "queries"):
         table.add_column(heading, justify="right")
     for part in calibration.calibration_bins(best.probabilities, comparison.labels):

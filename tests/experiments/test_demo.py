@@ -131,7 +131,7 @@ def test_claims_have_verdicts_that_follow_from_their_intervals(run: Run) -> None
 def test_the_manifest_names_the_data_and_the_configuration(run: Run) -> None:
     found = json.loads((run.folder / "report" / "results.json").read_text())["manifest"]
     episodes = json.loads((run.folder / "episodes" / TASK / "result.json").read_text())["value"]
-    assert found["data"] == {TASK: episodes["hash"]}
+    assert found["data"] == {f"episodes/{TASK}": episodes["hash"]}
     assert episodes["steps"] == 8 * 40
     assert sum(map(len, episodes["behaviours"].values())) == 8
     assert found["seeds"] == [0, 1]

@@ -82,7 +82,7 @@ def held_out(run: Run) -> EpisodeDataset:
 def test_it_runs_from_end_to_end(run: Run) -> None:
     assert run.status == 0
     assert "did not pass and is refused for labeling" in run.said
-    assert run.said.rstrip().endswith(f"The report is {(run.folder / 'report' / 'report.html').resolve()}")
+    assert f"The report is {(run.folder / 'report' / 'report.html').resolve()}\n" in run.said
     assert list(checkpoints(run.folder / "train" / TASK)) == [40, 80]
     assert list(run.value("train")["curve"]) == ["40", "80"]
 

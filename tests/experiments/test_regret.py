@@ -49,7 +49,7 @@ def test_the_smallest_run_ends_with_claims_and_a_page(run: Run) -> None:
     rows = run.results["rows"]
     assert len(rows) == 2 * 2 * 6 * 2 + 2 * 2 * 2
     assert {row["n"] for row in rows} == {SMOKE.boards, SMOKE.repeats}
-    page = (run.folder / "report" / "index.html").read_text()
+    page = (run.folder / "report" / "report.html").read_text()
     assert "share of boards solved" in page
     assert "preferences" in run.said
 

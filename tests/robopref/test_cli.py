@@ -275,8 +275,9 @@ def test_the_teacher_who_skips_takes_a_threshold(dataset: Path, threshold: list[
 
 
 def test_a_teacher_is_fitted_to_labels_and_labels_in_its_turn(
-    dataset: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
     folder, records = dataset.parent, str(dataset.parent / "labels.parquet")
     values, teacher, other = (str(folder / name) for name in ("values.npy", "teacher.json", "other.json"))
     loaded = load_episodes(dataset)
@@ -288,10 +289,12 @@ def test_a_teacher_is_fitted_to_labels_and_labels_in_its_turn(
     assert cli.main([*fit, "--out", teacher]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "teachers fitted to 120 labels" in out
-    assert "speak against 'coin'" in out or "better than 'coin'" in out
+    # Rewards are constant within a segment, so that forgetting makes no difference; the simpler one is written.
+    assert "do not tell 'partial return' and 'myopic partial return' apart, but they speak against 'coin'" in out
     assert "Left out, as they need --values: 'regret' and 'start, end and partial return'." in out
     written = json.loads(Path(teacher).read_text())
     assert (written["n"], written["labeler"], written["dataset_hash"]) == (120, "mistake", loaded.hash)
+    assert written["family"] == "partial return"
     # A tenth of the answers is turned round, and so a fifth is left to chance.
     lapse = written["parameters"]["lapse"]
     assert lapse["low"] < 0.2 < lapse["high"]
@@ -310,7 +313,7 @@ def test_a_teacher_is_fitted_to_labels_and_labels_in_its_turn(
     assert "judges by the values of states" in capsys.readouterr().err
     assert cli.main(["label", str(dataset), again, "--teacher", teacher, *drawing]) == 0
     labels = read_records(again, loaded)[1]
-    assert (len(labels), labels.labeler) == (120, f"fitted {written['family']}")
+    assert (len(labels), labels.labeler) == (120, "fitted partial return")
     assert labels.parameters["mistake"] == lapse["value"] / 2
     with_values = ["--teacher", other, "--values", values, *drawing]
     assert cli.main(["label", str(dataset), str(folder / "third.parquet"), *with_values]) == 0

@@ -182,7 +182,8 @@ def test_advantages_learned_from_regret_are_to_be_acted_on_greedily() -> None:
     learned, loss = jax.jit(lambda labels: learn(config, queries, labels, candidates(mdp, WEIGHTS), DISCOUNT))(labels)
     assert learned.shape == (5, 2)
     # Soft labels of the model itself: the loss reaches their entropy, and the table the advantages, up to a constant.
-    entropy = -np.mean(labels * np.log(labels) + (1 - labels) * np.log(1 - labels))
+    chances = np.asarray(labels)
+    entropy = -np.mean(chances * np.log(chances) + (1 - chances) * np.log(1 - chances))
     assert float(loss) == pytest.approx(entropy, abs=1e-5)
     truth = np.asarray(q_values(mdp, values) - values[:, None])[:-1]
     gaps = np.asarray(learned)[:-1] - truth
