@@ -210,8 +210,12 @@ def maximin_policy(
 
 
 def softmax_value(
-    values: Float[Array, "*B K"], temperature: float | Float[Array, ""], where: Bool[Array, "*B K"] | None = None
-) -> Float[Array, "*B"]:
+    values: Float[Array, "*B"],
+    temperature: float | Float[Array, ""],
+    where: Bool[Array, "*B"] | None = None,
+    *,
+    axis: int = -1,
+) -> Float[Array, "*C"]:
     """Sum over candidates of softmax(values / temperature) values: a maximum that every candidate has a gradient of.
 
     With the values of several policies in a state it stands for the optimal value of that state while rewards are
@@ -222,14 +226,16 @@ def softmax_value(
     Args:
         values: of the candidates.
         temperature: above 0, in the unit of the values.
-        where: which candidates count; at least one of each row. None counts all.
+        where: which candidates count; at least one along the axis. None counts all.
+        axis: that of the candidates, which the result lacks.
     """
     counts = jnp.ones(values.shape, bool) if where is None else where
     # Shifting all values shifts the result by as much, so that the largest one may be held constant.
-    largest = jax.lax.stop_gradient(jnp.max(values, axis=-1, keepdims=True, initial=-jnp.inf, where=counts))
+    largest = jax.lax.stop_gradient(jnp.max(values, axis=axis, keepdims=True, initial=-jnp.inf, where=counts))
     below = jnp.where(counts, values - largest, 0.0)
     weights = jnp.where(counts, jnp.exp(below / temperature), 0.0)
-    return largest[..., 0] + jnp.sum(weights * below, axis=-1) / jnp.sum(weights, axis=-1)
+    mean = jnp.sum(weights * below, axis=axis) / jnp.sum(weights, axis=axis)
+    return jnp.squeeze(largest, axis) + mean
 
 
 def _maximin_visits(

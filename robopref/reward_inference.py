@@ -181,19 +181,41 @@ def learn(
         the parameters and their loss.
     """
     counts = jnp.ones(labels.shape, bool) if asked is None else asked
-    features = jnp.asarray(queries.features)
-    advantages = config.score == "advantage"
-    shape = policies.q_successors.shape[1:3] if advantages else queries.features.shape[-1:]
+    num_states, num_actions, num_features = policies.q_successors.shape[1:]
+    no_values, no_q_values = jnp.zeros(num_states), jnp.zeros((num_states, num_actions))
+
+    def logits_of(rewards: Array, values: Array, q_values: Array) -> Array:
+        scores = segment_scores(config.score, queries, rewards, values, q_values, discount)
+        return scores[..., 1] - scores[..., 0]
+
+    # Logits are linear in the weights and in the tables. What the features of the steps add is summed once.
+    earned = jax.jacfwd(lambda weights: logits_of(queries.features @ weights, no_values, no_q_values))(
+        jnp.zeros(num_features)
+    )
+    no_rewards = jnp.zeros(queries.actions.shape)
+    # Features first, policies second: so products and sums over them run along rows, in half the time.
+    successors, q_successors = (jnp.moveaxis(each, -1, 0) for each in (policies.successors, policies.q_successors))
+
+    def tables(params: Array) -> tuple[Array, Array]:
+        """Values of states and of actions; advantages are values of actions where those of states are 0."""
+        if config.score == "advantage":
+            return no_values, params
+        if config.score == "partial return":
+            return no_values, no_q_values
+        values = _best_values(successors, policies.counts, params, config.value_temperature)
+        if config.score == "deterministic regret":
+            return values, no_q_values
+        q_values = _best_values(q_successors, policies.counts, params, config.value_temperature)
+        return no_values, q_values - values[:, None]
 
     def loss(params: Array) -> Array:
-        if advantages:
-            scores = segment_scores("advantage", queries, features[..., 0], jnp.zeros(shape[0]), params, discount)
-        else:
-            values, q_values = _values_of(policies, params, config.value_temperature)
-            scores = segment_scores(config.score, queries, features @ params, values, q_values, discount)
-        losses = preference_loss(scores[..., 1] - scores[..., 0], labels)
+        logits = logits_of(no_rewards, *tables(params))
+        if config.score != "advantage":
+            logits += earned @ params
+        losses = preference_loss(logits, labels)
         return jnp.sum(jnp.where(counts, losses, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
 
+    shape = (num_states, num_actions) if config.score == "advantage" else (num_features,)
     return _descend(loss, jnp.zeros(shape, jnp.float64), config)
 
 
@@ -208,16 +230,13 @@ def best_policy(mdp: TabularMDP, weights: Float[Numbers, " F"]) -> Float[Array, 
     return greedy_policy(q_values(scaled, optimal_values(scaled)))
 
 
-def _values_of(
-    policies: CandidatePolicies, weights: Float[Array, " F"], temperature: float
-) -> tuple[Float[Array, " S"], Float[Array, "S A"]]:
-    """V and Q of the best of the policies under these weights, by softmax."""
-
-    def best(successors: Float[Array, "P *X F"]) -> Float[Array, "*X"]:
-        values = jnp.moveaxis(successors @ weights, 0, -1)
-        return softmax_value(values, temperature, jnp.broadcast_to(policies.counts, values.shape))
-
-    return best(policies.successors), best(policies.q_successors)
+def _best_values(
+    successors: Float[Array, "F P *X"], counts: Bool[Array, " P"], weights: Float[Array, " F"], temperature: float
+) -> Float[Array, "*X"]:
+    """Values of the best of the policies under these weights, by softmax."""
+    values = jnp.tensordot(weights, successors, axes=1)
+    where = counts.reshape(-1, *[1] * (values.ndim - 1))
+    return softmax_value(values, temperature, jnp.broadcast_to(where, values.shape), axis=0)
 
 
 def _descend(

@@ -293,6 +293,8 @@ def test_softmax_values_keep_batch_axes_and_reach_from_the_mean_to_the_maximum()
     values = np.random.default_rng(0).normal(size=(2, 3, 5))
     expected = [[softmax_value_in_numpy(row, 0.7) for row in rows] for rows in values]
     np.testing.assert_allclose(softmax_value(jnp.asarray(values), 0.7), expected, atol=1e-12)
+    across = softmax_value(jnp.moveaxis(jnp.asarray(values), -1, 0), 0.7, axis=0)
+    np.testing.assert_allclose(across, expected, atol=1e-12)
     np.testing.assert_allclose(softmax_value(jnp.asarray(values), 1e6), values.mean(axis=-1), atol=1e-5)
     np.testing.assert_allclose(softmax_value(jnp.asarray(values), 1e-6), values.max(axis=-1), atol=1e-6)
     np.testing.assert_allclose(softmax_value(jnp.asarray(values) + 8.0, 0.7), np.add(expected, 8.0), atol=1e-12)
