@@ -357,11 +357,14 @@ def jobs_of_a_run_to_interrupt(place: Path, function: Callable[..., Any] = hang_
 @contextlib.contextmanager
 def grid_in_another_process(place: Path, function: Callable[..., Any]) -> Iterator[subprocess.Popen[str]]:
     """Runs the grid in a session of its own, and gives it once its job hangs. Whatever is left is killed at the end."""
+    # Whoever starts the tests in the background of a script has interrupts ignored, by them and all that they start.
     code = (
+        "import signal\n"
         "from pathlib import Path\n"
         "from experiments.grid import run_grid\n"
         "from tests.experiments import test_grid\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"    function = getattr(test_grid, {function.__name__!r})\n"
         f"    place = Path({str(place)!r})\n"
         "    run_grid(test_grid.jobs_of_a_run_to_interrupt(place, function), place / 'run')\n"
