@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -598,14 +599,17 @@ def _draw_curves(
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel(x_label)
     axes.grid(axis="y", color="#E3E6EA", linewidth=0.8)
-    axes.set_title(_plain(metric), loc="left")
+    # Labels stand beside the last points, and the highest of them reaches above the axes.
+    axes.set_title(textwrap.fill(_plain(metric), 52), loc="left", pad=10)
     bottom, top = axes.get_ylim()
     finals = {method: (line[1][-1] - bottom) / (top - bottom) for method, line in lines.items()}
-    for method, height in _spread_apart({m: h for m, h in finals.items() if math.isfinite(h)}, 0.085).items():
+    names = {method: textwrap.fill(_plain(method, 46), 24) for method in lines}
+    gap = 0.15 if any("\n" in name for name in names.values()) else 0.085
+    for method, height in _spread_apart({m: h for m, h in finals.items() if math.isfinite(h)}, gap).items():
         axes.text(
             1.02,
             height,
-            _plain(method, 24),
+            names[method],
             color=colours[method],
             transform=axes.transAxes,
             va="center",
