@@ -381,13 +381,19 @@ def _fingerprints(jobs: Sequence[Job]) -> dict[str, str]:
     for job in jobs:
         if job.name in prints:
             raise ValueError(f"two jobs are called {job.name}")
-        function = f"{job.function.__module__}.{job.function.__qualname__}"
+        function = f"{_module_of(job.function)}.{job.function.__qualname__}"
         for need in job.needs:
             if need not in prints:
                 raise ValueError(f"{job.name} needs {need}, which is not among the jobs before it")
         needs = {need: prints[need] for need in job.needs}
         prints[job.name] = digest({"function": function, "arguments": dict(job.arguments), "needs": needs})
     return prints
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    """The name by which others import the module that is run as a program: what was done as either is done."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if function.__module__ == "__main__" and spec is not None else function.__module__
 
 
 def _done(job: Job, folder: Path, fingerprint: str) -> Any:

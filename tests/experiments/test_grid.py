@@ -426,6 +426,25 @@ def test_after_an_interrupt_nothing_is_left_but_the_finished_jobs(whom: str, tmp
     assert outcome.values["hanging"] == "went on"
 
 
+def test_what_a_program_did_is_done_for_those_who_import_it(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "from pathlib import Path\n"
+        "from experiments.grid import Job, run_grid\n"
+        "def work(context):\n"
+        "    with Path('done.txt').open('a') as file:\n"
+        "        file.write('once')\n"
+        "    return 1\n"
+        "def main():\n"
+        "    run_grid([Job('work', work, {})], Path('run'))\n"
+        "if __name__ == '__main__':\n"
+        "    main()\n"
+    )
+    for arguments in (["-m", "program"], ["-c", "import program\nif __name__ == '__main__':\n    program.main()"]):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+        subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "done.txt").read_text() == "once"
+
+
 def test_jobs_end_with_a_grid_that_is_killed(tmp_path: Path) -> None:
     with grid_in_another_process(tmp_path, hang_at_first) as program:
         program.kill()
