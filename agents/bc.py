@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from robopref.images import random_shift
+from robopref.agent import TrainState, adam
+from robopref.images import augment
 from robopref.losses import squared_error_log_probability
 from robopref.networks import DeterministicPolicy, Normalizer, Pixels, apply, explore, init, observation_shape
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments, Transitions
@@ -52,15 +53,10 @@ class BCConfig:
     pixels: Pixels | None = None
 
 
-class BCAgent(struct.PyTreeNode):
+class BCAgent(TrainState):
     """A behaviour-cloned policy."""
 
-    params: PyTree
-    opt_state: optax.OptState
-    normalizer: Normalizer
-    step: Int[Array, ""]
     config: BCConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     @classmethod
     def create(
@@ -69,14 +65,7 @@ class BCAgent(struct.PyTreeNode):
         steps = _steps(example)
         shape, action_dim = observation_shape(steps.observations, config.pixels), steps.actions.shape[-1]
         params = init(_policy(config, action_dim), key, jnp.zeros(shape))
-        return cls(
-            params=params,
-            opt_state=_optimizer(config).init(params),
-            normalizer=normalizer or Normalizer.identity(shape),
-            step=jnp.zeros((), jnp.int32),
-            config=config,
-            action_dim=action_dim,
-        )
+        return cls.begin(config, params, _optimizer(config).init(params), shape, action_dim, normalizer)
 
     @property
     def policy(self) -> DeterministicPolicy:
@@ -86,9 +75,7 @@ class BCAgent(struct.PyTreeNode):
         """Mean -log pi over the steps that count."""
         steps = _steps(batch)
         shift_key, dropout_key = jax.random.split(key)
-        observations = steps.observations
-        if self.config.pixels is not None:
-            observations = random_shift(observations, shift_key, self.config.pixels.shift)
+        observations = augment(steps.observations, shift_key, self.config.pixels)
         means = apply(self.policy, params, self.normalizer(observations), dropout_key=dropout_key)
         actions = jnp.clip(steps.actions, -self.config.action_limit, self.config.action_limit)
         errors = -squared_error_log_probability(actions, means)
@@ -97,10 +84,7 @@ class BCAgent(struct.PyTreeNode):
         return loss, {"policy/loss": loss, "policy/error": jnp.mean(errors)}
 
     def update(self, batch: Transitions | Preferences, key: Key) -> tuple[Self, Metrics]:
-        gradients, metrics = jax.grad(self.loss, has_aux=True)(self.params, batch, key)
-        updates, opt_state = _optimizer(self.config).update(gradients, self.opt_state)
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
+        return self.descend(self.loss, _optimizer(self.config), batch, key)
 
     def sample_actions(self, observations: Float[Array, "*B *O"], key: Key) -> Float[Array, "*B A"]:
         return explore(self.act(observations), self.config.action_noise, key)
@@ -126,9 +110,7 @@ def _policy(config: BCConfig, action_dim: int) -> DeterministicPolicy:
 
 
 def _optimizer(config: BCConfig) -> optax.GradientTransformation:
-    if config.decay_updates is None:
-        return optax.adam(config.learning_rate)
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.decay_updates))
+    return adam(config.learning_rate, config.decay_updates)
 
 
 def _steps(batch: Transitions | Preferences) -> Transitions | Segments:

@@ -30,13 +30,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from robopref.images import random_shift
+from robopref.agent import TrainState, adam_at
+from robopref.images import augment
 from robopref.losses import (
     all_pairs_loss,
     contrastive_preference_loss,
     plackett_luce_loss,
+    ranking_accuracy,
+    smoothed,
     squared_error_log_probability,
 )
 from robopref.networks import DeterministicPolicy, Normalizer, Pixels, apply, explore, init, observation_shape
@@ -116,21 +119,16 @@ PRO = CPLConfig(conservative_weight=1.0, preferred_weight=1.0)
 APO = CPLConfig(conservative_weight=1.0, reference=True, learning_rate=3e-5, iteration_updates=1000, extrapolation=0.3)
 
 
-class CPLAgent(struct.PyTreeNode):
+class CPLAgent(TrainState):
     """A policy learned by CPL.
 
     `reference_params` is None unless the configuration asks for a reference policy, and `iterate_params`, the policy at
     the end of the last iteration, unless it asks for extrapolation.
     """
 
-    params: PyTree
+    config: CPLConfig = struct.field(pytree_node=False)
     reference_params: PyTree | None
     iterate_params: PyTree | None
-    opt_state: optax.OptState
-    normalizer: Normalizer
-    step: Int[Array, ""]
-    config: CPLConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     @classmethod
     def create(
@@ -139,15 +137,15 @@ class CPLAgent(struct.PyTreeNode):
         segments = example.segments
         shape, action_dim = observation_shape(segments.observations, config.pixels), segments.actions.shape[-1]
         params = init(_policy(config, action_dim), key, jnp.zeros(shape))
-        return cls(
-            params=params,
+        return cls.begin(
+            config,
+            params,
+            adam_at(0.0).init(params),
+            shape,
+            action_dim,
+            normalizer,
             reference_params=jax.tree.map(jnp.copy, params) if config.reference else None,
             iterate_params=jax.tree.map(jnp.copy, params) if config.extrapolation else None,
-            opt_state=optax.scale_by_adam().init(params),
-            normalizer=normalizer or Normalizer.identity(shape),
-            step=jnp.zeros((), jnp.int32),
-            config=config,
-            action_dim=action_dim,
         )
 
     @property
@@ -157,9 +155,7 @@ class CPLAgent(struct.PyTreeNode):
     def loss(self, params: PyTree, batch: Preferences | Rankings, key: Key) -> tuple[Array, Metrics]:
         """Behaviour cloning while pretraining, the contrastive loss afterwards; both need the same forward pass."""
         shift_key, dropout_key = jax.random.split(key)
-        observations = batch.segments.observations
-        if self.config.pixels is not None:
-            observations = random_shift(observations, shift_key, self.config.pixels.shift)
+        observations = augment(batch.segments.observations, shift_key, self.config.pixels)
         segments = batch.segments.replace(observations=self.normalizer(observations))
         log_probs = self._log_probs(params, segments, dropout_key)
         cloning = -jnp.mean(log_probs)
@@ -178,10 +174,7 @@ class CPLAgent(struct.PyTreeNode):
 
     def update(self, batch: Preferences | Rankings, key: Key) -> tuple[Self, Metrics]:
         agent = self._begin_iteration()
-        gradients, metrics = jax.grad(agent.loss, has_aux=True)(agent.params, batch, key)
-        updates, opt_state = optax.scale_by_adam().update(gradients, agent.opt_state)
-        params = jax.tree.map(lambda leaf, update: leaf - agent.learning_rate * update, agent.params, updates)
-        return agent.replace(params=params, opt_state=opt_state, step=agent.step + 1), metrics
+        return agent.descend(agent.loss, adam_at(agent.learning_rate), batch, key)
 
     def sample_actions(self, observations: Float[Array, "*B *O"], key: Key) -> Float[Array, "*B A"]:
         return explore(self.act(observations), self.config.action_noise, key)
@@ -224,7 +217,7 @@ class CPLAgent(struct.PyTreeNode):
             params=params,
             iterate_params=iterate,
             reference_params=None if reference is None else _select(begins, params, reference),
-            opt_state=_select(begins, optax.scale_by_adam().init(params), self.opt_state),
+            opt_state=_select(begins, adam_at(0.0).init(params), self.opt_state),
         )
 
     def _log_probs(self, params: PyTree, segments: Segments, dropout_key: Key | None) -> Float[Array, "*B T"]:
@@ -246,12 +239,9 @@ class CPLAgent(struct.PyTreeNode):
             accuracy = jnp.mean(jnp.argmax(scores, axis=-1) == 0)
             loss = plackett_luce_loss if self.config.ranking_loss == "plackett_luce" else all_pairs_loss
             return jnp.mean(loss(scores, weight)), accuracy
-        smoothing = self.config.label_smoothing
-        labels = (1.0 - smoothing) * batch.labels + 0.5 * smoothing
+        labels = smoothed(batch.labels, self.config.label_smoothing)
         losses = contrastive_preference_loss(scores[..., 0], scores[..., 1], labels, weight)
-        decided = batch.labels != 0.5
-        right = (scores[..., 1] > scores[..., 0]) == (batch.labels > 0.5)
-        return jnp.mean(losses), jnp.sum(right & decided) / jnp.maximum(jnp.sum(decided), 1)
+        return jnp.mean(losses), ranking_accuracy(scores[..., 1] - scores[..., 0], batch.labels)
 
 
 def _policy(config: CPLConfig, action_dim: int) -> DeterministicPolicy:

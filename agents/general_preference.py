@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from robopref.losses import preference_loss
+from robopref.agent import TrainState, adam
+from robopref.losses import preference_loss, ranking_accuracy
 from robopref.networks import MLP, Normalizer, apply, init, observation_shape
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments
 
@@ -91,15 +92,10 @@ class SegmentEmbedding(nn.Module):
         return embeddings * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
 
 
-class GeneralPreferenceAgent(struct.PyTreeNode):
+class GeneralPreferenceAgent(TrainState):
     """A general preference model: a learner without a policy."""
 
-    params: PyTree
-    opt_state: optax.OptState
-    normalizer: Normalizer
-    step: Int[Array, ""]
     config: GeneralPreferenceConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     @classmethod
     def create(
@@ -108,14 +104,7 @@ class GeneralPreferenceAgent(struct.PyTreeNode):
         segments = example.segments
         shape, action_dim = observation_shape(segments.observations, None), segments.actions.shape[-1]
         params = init(_network(config), key, jnp.zeros((1, *shape)), jnp.zeros((1, action_dim)))
-        return cls(
-            params=params,
-            opt_state=_optimizer(config).init(params),
-            normalizer=normalizer or Normalizer.identity(shape),
-            step=jnp.zeros((), jnp.int32),
-            config=config,
-            action_dim=action_dim,
-        )
+        return cls.begin(config, params, _optimizer(config).init(params), shape, action_dim, normalizer)
 
     @property
     def network(self) -> SegmentEmbedding:
@@ -128,16 +117,10 @@ class GeneralPreferenceAgent(struct.PyTreeNode):
         """
         logits = self._logits(params, batch.segments, dropout_key=key)
         loss = jnp.mean(preference_loss(logits, batch.labels))
-        decided = batch.labels != 0.5
-        right = (logits > 0) == (batch.labels > 0.5)
-        accuracy = jnp.sum(right * decided) / jnp.maximum(jnp.sum(decided), 1)
-        return loss, {"preference/loss": loss, "preference/accuracy": accuracy}
+        return loss, {"preference/loss": loss, "preference/accuracy": ranking_accuracy(logits, batch.labels)}
 
     def update(self, batch: Preferences, key: Key) -> tuple[Self, Metrics]:
-        gradients, metrics = jax.grad(self.loss, has_aux=True)(self.params, batch, key)
-        updates, opt_state = _optimizer(self.config).update(gradients, self.opt_state, self.params)
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
+        return self.descend(self.loss, _optimizer(self.config), batch, key)
 
     def embeddings(self, segments: Segments) -> Float[Array, "*B 2k"]:
         """v of each segment: what is to be computed once for it, however many others it is compared with."""
@@ -164,7 +147,4 @@ def _network(config: GeneralPreferenceConfig) -> SegmentEmbedding:
 
 
 def _optimizer(config: GeneralPreferenceConfig) -> optax.GradientTransformation:
-    if config.decay_updates is None:
-        return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.decay_updates)
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return adam(config.learning_rate, config.decay_updates, config.weight_decay)

@@ -27,9 +27,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from robopref.images import random_shift
+from robopref.agent import TrainState, adam_at
+from robopref.images import augment
 from robopref.losses import expectile_loss, squared_error_log_probability
 from robopref.networks import MLP, Convolutions, Normalizer, Pixels, Trunk, apply, explore, init, observation_shape
 from robopref.types import Key, Metrics, PyTree, Segments, Transitions
@@ -71,20 +72,15 @@ class IQLConfig:
     pixels: Pixels | None = None
 
 
-class IQLAgent(struct.PyTreeNode):
+class IQLAgent(TrainState):
     """A policy with its critics and value.
 
     `params` has the parts `encoder` (empty, unless observations are images), `policy`, `critics` and `value`;
     `target_params` are those of the target critics.
     """
 
-    params: PyTree
-    target_params: PyTree
-    opt_state: optax.OptState
-    normalizer: Normalizer
-    step: Int[Array, ""]
     config: IQLConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
+    target_params: PyTree
 
     @classmethod
     def create(
@@ -107,15 +103,8 @@ class IQLAgent(struct.PyTreeNode):
             "critics": init(_critics(config), keys[1], encoded, jnp.zeros(action_dim)),
             "value": init(_value(config), keys[2], encoded),
         }
-        return cls(
-            params=params,
-            target_params=jax.tree.map(jnp.copy, params["critics"]),
-            opt_state=optax.scale_by_adam().init(params),
-            normalizer=normalizer or Normalizer.identity(shape),
-            step=jnp.zeros((), jnp.int32),
-            config=config,
-            action_dim=action_dim,
-        )
+        opt_state, target_params = adam_at(0.0).init(params), jax.tree.map(jnp.copy, params["critics"])
+        return cls.begin(config, params, opt_state, shape, action_dim, normalizer, target_params=target_params)
 
     @property
     def policy(self) -> _Policy:
@@ -158,9 +147,7 @@ class IQLAgent(struct.PyTreeNode):
     def _loss(self, params: PyTree, steps: _Steps, key: Key) -> tuple[Array, Metrics]:
         config = self.config
         shift_key, dropout_key = jax.random.split(key)
-        observations = steps.observations
-        if config.pixels is not None:
-            observations = random_shift(observations, shift_key, config.pixels.shift)
+        observations = augment(steps.observations, shift_key, config.pixels)
         before, last = _split_last(self.normalizer(observations), _time_axis(config.pixels))
         encoded = self._encode(params, before)
         fixed = jax.lax.stop_gradient(encoded)
@@ -196,18 +183,12 @@ class IQLAgent(struct.PyTreeNode):
         }
 
     def _update(self, steps: _Steps, key: Key) -> tuple[Self, Metrics]:
-        gradients, metrics = jax.grad(self._loss, has_aux=True)(self.params, steps, key)
-        directions, opt_state = optax.scale_by_adam().update(gradients, self.opt_state)
-        rate = self.config.learning_rate
-        policy_rate = _policy_schedule(self.config)(self.step)
+        rate, policy_rate = self.config.learning_rate, _policy_schedule(self.config)(self.step)
         rates = {"encoder": policy_rate, "policy": policy_rate, "critics": rate, "value": rate}
-        params = {
-            name: jax.tree.map(lambda leaf, step, rate=rate: leaf - rate * step, self.params[name], directions[name])
-            for name, rate in rates.items()
-        }
-        target_params = optax.incremental_update(params["critics"], self.target_params, self.config.target_update_rate)
-        step = self.step + 1
-        return self.replace(params=params, target_params=target_params, opt_state=opt_state, step=step), metrics
+        agent, metrics = self.descend(self._loss, adam_at(rates), steps, key)
+        tau = self.config.target_update_rate
+        target_params = optax.incremental_update(agent.params["critics"], self.target_params, tau)
+        return agent.replace(target_params=target_params), metrics
 
     def _encode(self, params: PyTree, observations: Float[Array, "*B *O"]) -> Float[Array, "*B F"]:
         """What the networks see of normalised observations."""

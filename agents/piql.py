@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from agents.iql import IQLAgent, IQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
-from robopref.images import random_shift
+from robopref.images import augment
 from robopref.networks import Normalizer, Pixels
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments
 
@@ -96,10 +96,8 @@ class PIQLAgent(struct.PyTreeNode):
 
     def update(self, batch: Preferences, key: Key) -> tuple[Self, Metrics]:
         shift_key, reward_key, iql_key = jax.random.split(key, 3)
-        segments = batch.segments
-        if self.config.iql.pixels is not None:
-            images = random_shift(segments.observations, shift_key, self.config.iql.pixels.shift)
-            segments = segments.replace(observations=images)
+        observations = augment(batch.segments.observations, shift_key, self.config.iql.pixels)
+        segments = batch.segments.replace(observations=observations)
         pairs = batch.replace(segments=segments)
 
         # IQL's rewards are those before the update, as in the authors' code. Within a branch they cost nothing: the

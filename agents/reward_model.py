@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from robopref.images import random_shift
-from robopref.losses import preference_loss
+from robopref.agent import TrainState, adam
+from robopref.images import augment
+from robopref.losses import preference_loss, ranking_accuracy, smoothed
 from robopref.networks import MLP, Convolutions, Normalizer, Pixels, Trunk, apply, init, observation_shape
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments
 
@@ -163,15 +164,10 @@ class PreferenceTransformer(nn.Module):
         return embeddings
 
 
-class RewardModelAgent(struct.PyTreeNode):
+class RewardModelAgent(TrainState):
     """An ensemble of reward models: a learner without a policy. Leaves of `params` have a leading axis of members."""
 
-    params: PyTree
-    opt_state: optax.OptState
-    normalizer: Normalizer
-    step: Int[Array, ""]
     config: RewardModelConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
 
     @classmethod
     def create(
@@ -183,14 +179,7 @@ class RewardModelAgent(struct.PyTreeNode):
         shape, action_dim = observation_shape(segments.observations, config.pixels), segments.actions.shape[-1]
         network, steps = _network(config), (jnp.zeros((1, *shape)), jnp.zeros((1, action_dim)))
         params = jax.vmap(lambda key: init(network, key, *steps))(jax.random.split(key, config.ensemble))
-        return cls(
-            params=params,
-            opt_state=_optimizer(config).init(params),
-            normalizer=normalizer or Normalizer.identity(shape),
-            step=jnp.zeros((), jnp.int32),
-            config=config,
-            action_dim=action_dim,
-        )
+        return cls.begin(config, params, _optimizer(config).init(params), shape, action_dim, normalizer)
 
     @property
     def network(self) -> MLPReward | PreferenceTransformer:
@@ -203,28 +192,20 @@ class RewardModelAgent(struct.PyTreeNode):
         mean |score difference| of a pair, and how far members' score differences spread around their mean.
         """
         shift_key, dropout_key = jax.random.split(key)
-        segments = batch.segments
-        if self.config.pixels is not None:
-            images = random_shift(segments.observations, shift_key, self.config.pixels.shift)
-            segments = segments.replace(observations=images)
+        observations = augment(batch.segments.observations, shift_key, self.config.pixels)
+        segments = batch.segments.replace(observations=observations)
         scores = self._reduce(self._rewards(params, segments, dropout_key=dropout_key))
         logits = scores[..., 1] - scores[..., 0]
-        smoothing = self.config.label_smoothing
-        loss = jnp.mean(preference_loss(logits, (1.0 - smoothing) * batch.labels + smoothing / 2))
-        decided = batch.labels != 0.5
-        right = jnp.mean((logits > 0) == (batch.labels > 0.5), axis=0)
+        loss = jnp.mean(preference_loss(logits, smoothed(batch.labels, self.config.label_smoothing)))
         return loss, {
             "reward/loss": loss,
-            "reward/ranking_accuracy": jnp.sum(right * decided) / jnp.maximum(jnp.sum(decided), 1),
+            "reward/ranking_accuracy": ranking_accuracy(logits, batch.labels),
             "reward/margin": jnp.mean(jnp.abs(logits)),
             "reward/disagreement": jnp.mean(jnp.std(logits, axis=0)),
         }
 
     def update(self, batch: Preferences, key: Key) -> tuple[Self, Metrics]:
-        gradients, metrics = jax.grad(self.loss, has_aux=True)(self.params, batch, key)
-        updates, opt_state = _optimizer(self.config).update(gradients, self.opt_state, self.params)
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
+        return self.descend(self.loss, _optimizer(self.config), batch, key)
 
     def rewards(self, segments: Segments) -> Float[Array, "*B T"]:
         """The learned reward of each step, mean over members: r_t for the MLP, T w_t r_t for the transformer.
@@ -278,10 +259,7 @@ def _see(pixels: Pixels | None, observations: Float[Array, "*B *O"]) -> Float[Ar
 
 
 def _optimizer(config: RewardModelConfig) -> optax.GradientTransformation:
-    if config.decay_updates is None:
-        return optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.decay_updates)
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return adam(config.learning_rate, config.decay_updates, config.weight_decay)
 
 
 def _check_length(config: RewardModelConfig, segments: Segments) -> None:

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from robopref.agent import TrainState, adam
 from robopref.networks import MLP, Normalizer, apply, init
 from robopref.types import Key, Metrics, PyTree, Transitions
 
@@ -68,16 +69,11 @@ class SACConfig:
 ORACLE = SACConfig(hidden_dims=(256, 256, 256), target_update_every=2)
 
 
-class SACAgent(struct.PyTreeNode):
+class SACAgent(TrainState):
     """A policy and its critics. `params` has the parts `policy`, `critics` (leading axis E) and `log_temperature`."""
 
-    params: PyTree
-    target_params: PyTree
-    opt_state: optax.OptState
-    normalizer: Normalizer
-    step: Int[Array, ""]
     config: SACConfig = struct.field(pytree_node=False)
-    action_dim: int = struct.field(pytree_node=False)
+    target_params: PyTree
 
     @classmethod
     def create(cls, config: SACConfig, example: Transitions, key: Key, *, normalizer: Normalizer | None = None) -> Self:
@@ -89,15 +85,9 @@ class SACAgent(struct.PyTreeNode):
             "critics": _init_critics(config, critic_key, observation, action),
             "log_temperature": jnp.log(jnp.asarray(config.initial_temperature, jnp.float32)),
         }
-        return cls(
-            params=params,
-            target_params=jax.tree.map(jnp.copy, params["critics"]),
-            opt_state=_optimizer(config).init(params),
-            normalizer=normalizer or Normalizer.identity((observation_dim,)),
-            step=jnp.zeros((), jnp.int32),
-            config=config,
-            action_dim=action_dim,
-        )
+        opt_state, target_params = adam(config.learning_rate).init(params), jax.tree.map(jnp.copy, params["critics"])
+        shape = (observation_dim,)
+        return cls.begin(config, params, opt_state, shape, action_dim, normalizer, target_params=target_params)
 
     @property
     def temperature(self) -> Float[Array, ""]:
@@ -134,13 +124,10 @@ class SACAgent(struct.PyTreeNode):
         }
 
     def update(self, batch: Transitions, key: Key) -> tuple[Self, Metrics]:
-        gradients, metrics = jax.grad(self.loss, has_aux=True)(self.params, batch, key)
-        updates, opt_state = _optimizer(self.config).update(gradients, self.opt_state)
-        params = optax.apply_updates(self.params, updates)
-        step = self.step + 1
-        rate = jnp.where(step % self.config.target_update_every == 0, self.config.target_update_rate, 0.0)
-        target_params = optax.incremental_update(params["critics"], self.target_params, rate)
-        return self.replace(params=params, target_params=target_params, opt_state=opt_state, step=step), metrics
+        agent, metrics = self.descend(self.loss, adam(self.config.learning_rate), batch, key)
+        rate = jnp.where(agent.step % self.config.target_update_every == 0, self.config.target_update_rate, 0.0)
+        target_params = optax.incremental_update(agent.params["critics"], self.target_params, rate)
+        return agent.replace(target_params=target_params), metrics
 
     def targets(self, batch: Transitions, key: Key) -> Float[Array, "*B"]:
         """What the critics are to say: reward, and the discounted value of the next state."""
@@ -240,7 +227,3 @@ def _apply_critics(
 
 def _policy(config: SACConfig, action_dim: int) -> MLP:
     return MLP(config.hidden_dims, 2 * action_dim)
-
-
-def _optimizer(config: SACConfig) -> optax.GradientTransformation:
-    return optax.adam(config.learning_rate)

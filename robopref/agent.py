@@ -1,24 +1,26 @@
 """What an agent is, and the one loop in which every agent trains.
 
-An agent (or a `Learner` that does not act, such as a reward model) is a frozen pytree: parameters, optimiser state and
-step are leaves; its configuration and shapes are the only static fields. Modules and optimisers are built from those in
-properties, so that agents which differ in their numbers alone share one compiled program.
+An agent (or a `Learner` that does not act, such as a reward model) is a frozen pytree, a `TrainState` or several of
+them: parameters, optimiser state and step are leaves; its configuration and shapes are the only static fields. Modules
+and optimisers are built from those, so that agents which differ in their numbers alone share one compiled program.
 
 Agents see and choose actions in [-1, 1] along every axis; environments rescale to their own units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from robopref.networks import Normalizer
 from robopref.types import Key, Metrics, PyTree
 
 
@@ -56,6 +58,83 @@ class Dataset(Protocol):
     """Data on the device from which a jitted loop draws minibatches; see robopref/datasets.py."""
 
     def sample(self, key: Key, batch_size: int) -> Any: ...
+
+
+class TrainState(struct.PyTreeNode):
+    """What a learner with one optimiser holds; subclasses in agents/ add leaves of their own.
+
+    Attributes:
+        params: of all networks that are trained.
+        opt_state: the optimiser's.
+        normalizer: of observations.
+        step: updates made so far.
+        config: the learner's configuration, hashable.
+        action_dim: dimensions of an action.
+    """
+
+    params: PyTree
+    opt_state: optax.OptState
+    normalizer: Normalizer
+    step: Int[Array, ""]
+    config: Any = struct.field(pytree_node=False)
+    action_dim: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def begin(
+        cls,
+        config: Any,
+        params: PyTree,
+        opt_state: optax.OptState,
+        observation_shape: Sequence[int],
+        action_dim: int,
+        normalizer: Normalizer | None,
+        **own: Any,
+    ) -> Self:
+        """The state before the first update.
+
+        Args:
+            config: see the attributes, as for the others.
+            params: fresh ones.
+            opt_state: the optimiser's first.
+            observation_shape: of one observation.
+            action_dim: dimensions of an action.
+            normalizer: None leaves observations as they are.
+            own: the leaves that the subclass adds.
+        """
+        normalizer = normalizer or Normalizer.identity(observation_shape)
+        return cls(params, opt_state, normalizer, jnp.zeros((), jnp.int32), config, action_dim, **own)
+
+    def descend(
+        self,
+        loss: Callable[[PyTree, Any, Key], tuple[Array, Metrics]],
+        optimizer: optax.GradientTransformation,
+        batch: Any,
+        key: Key,
+    ) -> tuple[Self, Metrics]:
+        """One step of the optimiser down the gradient of loss(params, batch, key), and that loss's metrics."""
+        gradients, metrics = jax.grad(loss, has_aux=True)(self.params, batch, key)
+        updates, opt_state = optimizer.update(gradients, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(params=params, opt_state=opt_state, step=self.step + 1), metrics
+
+
+def adam(
+    learning_rate: float, decay_updates: int | None = None, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Adam, or AdamW with weight decay; its learning rate falls to 0 along a cosine over so many updates, or stays."""
+    rate = learning_rate if decay_updates is None else optax.cosine_decay_schedule(learning_rate, decay_updates)
+    return optax.adamw(rate, weight_decay=weight_decay) if weight_decay else optax.adam(rate)
+
+
+def adam_at(rates: PyTree) -> optax.GradientTransformation:
+    """Adam at learning rates that are computed for each update: one, or one for each part of the parameters."""
+    adam = optax.scale_by_adam()
+
+    def update(gradients: PyTree, state: optax.OptState, params: PyTree = None) -> tuple[PyTree, optax.OptState]:
+        directions, state = adam.update(gradients, state)
+        return jax.tree.map(lambda rate, part: jax.tree.map(lambda leaf: -rate * leaf, part), rates, directions), state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 A = TypeVar("A", bound=Learner)

@@ -1,4 +1,4 @@
-"""Augmentation of images."""
+"""Augmentation of images, while agents learn from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from robopref.networks import Pixels
 from robopref.types import Key
 
 
@@ -25,3 +26,8 @@ def random_shift(images: Shaped[Array, "B *S H W C"], key: Key, pad: int) -> Sha
         return jax.lax.dynamic_slice(group, (0, *offset, 0), groups.shape[1:])
 
     return jax.vmap(crop)(padded, offsets).reshape(images.shape)
+
+
+def augment(observations: Shaped[Array, B * S * O], key: Key, pixels: Pixels | None) -> Shaped[Array, B * S * O]:
+    """Observations as an agent learns from them: images shifted at random, vectors as they are."""
+    return observations if pixels is None else random_shift(observations, key, pixels.shift)

@@ -20,6 +20,18 @@ def preference_loss(logits: Float[Array, "*B"], labels: Float[Array, "*B"]) -> F
     return labels * jax.nn.softplus(-logits) + (1.0 - labels) * jax.nn.softplus(logits)
 
 
+def smoothed(labels: Float[Array, "*B"], smoothing: float) -> Float[Array, "*B"]:
+    """(1 - smoothing) labels + smoothing / 2: as if so large a share had been answered at random."""
+    return (1.0 - smoothing) * labels + smoothing / 2
+
+
+def ranking_accuracy(logits: Float[Array, "*E B"], labels: Float[Array, " B"]) -> Float[Array, ""]:
+    """The share of decided pairs whose likelier answer is the label, mean over leading axes; 0 if none is decided."""
+    decided = labels != 0.5
+    right = jnp.mean((logits > 0) == (labels > 0.5), axis=tuple(range(logits.ndim - 1)))
+    return jnp.sum(right * decided) / jnp.maximum(jnp.sum(decided), 1)
+
+
 def contrastive_preference_loss(
     advantages_1: Float[Array, "*B"],
     advantages_2: Float[Array, "*B"],

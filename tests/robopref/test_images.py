@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from robopref.images import random_shift
+from robopref.images import augment, random_shift
+from robopref.networks import Pixels
 
 PAD, HEIGHT, WIDTH = 2, 5, 7
 PLACES = [(down, right) for down in range(2 * PAD + 1) for right in range(2 * PAD + 1)]
@@ -78,3 +79,11 @@ def test_the_type_of_number_is_kept(dtype: jnp.dtype, pad: int) -> None:
 def test_a_shift_by_nothing_changes_nothing() -> None:
     images = random_images(3, 2)
     np.testing.assert_array_equal(random_shift(jnp.asarray(images), jax.random.key(0), 0), images)
+
+
+def test_images_are_augmented_and_vectors_are_not() -> None:
+    vectors = jnp.arange(6.0).reshape(2, 3)
+    assert augment(vectors, jax.random.key(0), None) is vectors
+    images = jnp.arange(2.0 * HEIGHT * WIDTH).reshape(2, HEIGHT, WIDTH, 1)
+    key = jax.random.key(5)
+    np.testing.assert_array_equal(augment(images, key, Pixels(shift=2)), random_shift(images, key, 2))

@@ -17,6 +17,8 @@ from robopref.losses import (
     expectile_loss,
     plackett_luce_loss,
     preference_loss,
+    ranking_accuracy,
+    smoothed,
     squared_error_log_probability,
 )
 from robopref.preferences import advantage_sum, plackett_luce_log_probability
@@ -259,3 +261,18 @@ def test_all_pairs_losses_and_gradients_are_finite_at_any_size() -> None:
     value, gradient = jax.value_and_grad(all_pairs_loss)(scores)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
+
+
+def test_ranking_accuracy_counts_decided_pairs_of_every_member() -> None:
+    labels = jnp.array([1.0, 0.0, 0.5, 0.8])
+    # Of the three decided pairs the first member has two right, the second one.
+    logits = jnp.array([[2.0, -0.1, 9.0, -3.0], [-2.0, 0.1, -9.0, 3.0]])
+    assert float(ranking_accuracy(logits[0], labels)) == pytest.approx(2 / 3)
+    assert float(ranking_accuracy(logits, labels)) == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert float(ranking_accuracy(logits[0, 2:3], labels[2:3])) == 0.0
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_smoothed_labels_are_those_of_people_who_answer_at_random_now_and_then(smoothing: float) -> None:
+    random_share = smoothing * np.array([0.5, 0.5, 0.5]) + (1 - smoothing) * np.array([0.0, 0.3, 1.0])
+    np.testing.assert_allclose(smoothed(jnp.array([0.0, 0.3, 1.0]), smoothing), random_share, atol=1e-7)
