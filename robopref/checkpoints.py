@@ -6,6 +6,7 @@ structure (a freshly created agent), against which every name, shape and type is
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,14 @@ def read_checkpoint_metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is a safetensors file, but not a robopref checkpoint")
     metadata: dict[str, Any] = json.loads(header["robopref"])
     return metadata
+
+
+def fingerprint(tree: Any, *settings: object) -> str:
+    """A hash of arrays and their structure and of settings: what must be equal for a checkpoint to belong to a run."""
+    content = hashlib.sha256(f"{jax.tree.structure(tree)} {settings}".encode())
+    for leaf in jax.tree.leaves(tree):
+        content.update(np.ascontiguousarray(leaf).tobytes())
+    return content.hexdigest()
 
 
 def _open(path: Path) -> Any:

@@ -29,8 +29,6 @@ def dataset_checks(dataset: EpisodeDataset, length: int) -> list[Check]:
 
 def check_finite(dataset: EpisodeDataset) -> Check:
     """Whether every number is finite."""
-    import numpy as np
-
     for name in ("observations", "actions", "rewards"):
         array = getattr(dataset, name)
         wrong = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
@@ -46,8 +44,6 @@ def check_finite(dataset: EpisodeDataset) -> Check:
 
 def check_action_bounds(dataset: EpisodeDataset) -> Check:
     """Whether all actions lie inside the action space."""
-    import numpy as np
-
     space = dataset.action_space
     outside = _acted(dataset) & ((dataset.actions < space.low) | (dataset.actions > space.high)).any(axis=1)
     if outside.any():
@@ -79,8 +75,6 @@ def check_saturation(dataset: EpisodeDataset) -> Check:
 
 def check_constant_dimensions(dataset: EpisodeDataset) -> Check:
     """Which observation dimensions never change."""
-    import numpy as np
-
     constant = np.flatnonzero(np.ptp(dataset.observations, axis=0) == 0)
     total = dataset.observations.shape[1]
     if constant.size == total:
@@ -98,8 +92,6 @@ def check_constant_dimensions(dataset: EpisodeDataset) -> Check:
 
 def check_normalisation(dataset: EpisodeDataset) -> Check:
     """Whether subtracting the mean and dividing by the deviation gives useful numbers in float32."""
-    import numpy as np
-
     observations = dataset.observations.astype(np.float64)
     mean, deviation = observations.mean(axis=0), observations.std(axis=0)
     varies = np.ptp(dataset.observations, axis=0) > 0
@@ -127,8 +119,6 @@ def check_normalisation(dataset: EpisodeDataset) -> Check:
 
 def check_ends(dataset: EpisodeDataset) -> Check:
     """Whether `terminated` and `truncated` say plausible things."""
-    import numpy as np
-
     name = "ends of episodes"
     open_ended = np.flatnonzero(~dataset.terminated & ~dataset.truncated)
     if open_ended.size:
@@ -153,8 +143,6 @@ def check_ends(dataset: EpisodeDataset) -> Check:
 
 def check_lengths(dataset: EpisodeDataset, length: int) -> Check:
     """Whether episodes are long enough for segments of `length` steps."""
-    import numpy as np
-
     short = np.flatnonzero(dataset.lengths < length)
     if short.size == len(dataset):
         return Check(
@@ -176,8 +164,6 @@ def check_lengths(dataset: EpisodeDataset, length: int) -> Check:
 
 def check_rewards(dataset: EpisodeDataset) -> Check:
     """Whether rewards differ at all, which simulated teachers rely on."""
-    import numpy as np
-
     if np.ptp(dataset.rewards[_acted(dataset)]) == 0:
         return Check(
             "rewards",
@@ -191,8 +177,6 @@ def check_rewards(dataset: EpisodeDataset) -> Check:
 
 def _acted(dataset: EpisodeDataset) -> np.ndarray:
     """Which rows have an action: all but the last of each episode, [R]."""
-    import numpy as np
-
     acted = np.ones(len(dataset.actions), dtype=bool)
     acted[dataset.offsets[1:] - 1] = False
     return acted

@@ -12,7 +12,6 @@ are not saved, begin new episodes at every checkpoint. The number of processes d
 
 from __future__ import annotations
 
-import hashlib
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -32,14 +31,14 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from robopref.agent import Agent, update_many
-from robopref.checkpoints import read_checkpoint_metadata, restore_checkpoint, save_checkpoint
+from robopref.checkpoints import fingerprint, read_checkpoint_metadata, restore_checkpoint, save_checkpoint
 from robopref.datasets import TransitionDataset
 from robopref.processes import end_with_parent
 from robopref.progress import ProgressCallback
 from robopref.replay import ReplayBuffer, RewardFunction, TrainingBatches
-from robopref.rollouts import MakeEnv
+from robopref.rollouts import EpisodeRecorder, MakeEnv
 from robopref.training import checkpoints, read_metrics, write_metrics
-from robopref.types import Episode, Key, Metrics, PyTree, Transitions
+from robopref.types import Episode, Key, Metrics, Transitions
 
 A = TypeVar("A", bound=Agent)
 
@@ -126,7 +125,9 @@ def fit_online(
     checkpoint_every = num_steps if checkpoint_every is None else checkpoint_every
     _check(config, prior, num_steps=num_steps, log_every=log_every, checkpoint_every=checkpoint_every)
     act_key, update_key = jax.random.split(key)
-    run = _fingerprint(state, prior, reward_function, key, f"{config} {checkpoint_every}")
+    replay = state.replay
+    content = (state.agent, replay.stored(), replay.size, replay.position, state.env_steps, prior, reward_function)
+    run = fingerprint((content, jax.random.key_data(key)), replay.capacity, config, checkpoint_every)
     rows: list[dict[str, float]] = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -371,6 +372,9 @@ def _serve(pipe: Connection, make_env: MakeEnv, numbers: Sequence[int], entropy:
             group.close()
 
 
+_ORIGIN = {"behaviour": "online"}
+
+
 class _Lane:
     """One environment, and its episode as it grows."""
 
@@ -386,45 +390,26 @@ class _Lane:
 
     @property
     def acted(self) -> bool:
-        return len(self._actions) > 0
+        return self._recorder.steps > 0
 
     def reset(self, steps: int) -> Float[np.ndarray, " O"]:
-        self._seed = int(np.random.SeedSequence([*self._entropy, self._number, steps]).generate_state(1)[0])
-        observation, info = self.env.reset(seed=self._seed)
-        self._observations = [observation]
-        self._successes = [bool(info.get("success", False))]
-        self._actions: list[np.ndarray] = []
-        self._rewards: list[float] = []
-        self._terminated = self._truncated = False
-        return np.asarray(observation, np.float32)
+        seed = int(np.random.SeedSequence([*self._entropy, self._number, steps]).generate_state(1)[0])
+        self._recorder = EpisodeRecorder(self.env, seed)
+        return np.asarray(self._recorder.observation, np.float32)
 
     def step(
         self, action: Float[np.ndarray, " A"], steps: int
     ) -> tuple[float, Float[np.ndarray, " O"], bool, Float[np.ndarray, " O"], Episode | None]:
         """What `_Outcome` holds, of one lane; an episode that ends is followed by the next one at once."""
-        action = np.array(action, self.env.action_space.dtype)
-        reached, reward, terminated, truncated, info = self.env.step(action)
-        self._observations.append(reached)
-        self._successes.append(bool(info.get("success", False)))
-        self._actions.append(action)
-        self._rewards.append(float(reward))
-        self._terminated, self._truncated = bool(terminated), bool(truncated)
-        episode = self.episode() if terminated or truncated else None
-        next_observation = np.asarray(reached, np.float32)
-        observation = next_observation if episode is None else self.reset(steps + 1)
-        return float(reward), next_observation, bool(terminated), observation, episode
+        recorder = self._recorder
+        reward = recorder.step(action)
+        reached = np.asarray(recorder.observation, np.float32)
+        if recorder.running:
+            return reward, reached, False, reached, None
+        return reward, reached, recorder.terminated, self.reset(steps + 1), recorder.episode(_ORIGIN)
 
     def episode(self) -> Episode:
-        return Episode(
-            observations=np.stack(self._observations),
-            actions=np.stack(self._actions),
-            rewards=np.asarray(self._rewards),
-            terminated=self._terminated,
-            truncated=self._truncated,
-            infos={"success": np.asarray(self._successes)},
-            seed=self._seed,
-            origin={"behaviour": "online"},
-        )
+        return self._recorder.episode(_ORIGIN)
 
 
 class _Log:
@@ -515,16 +500,6 @@ def _resume(state: OnlineState[A], folder: Path, run: str) -> OnlineState[A]:
 
 def _replay_path(folder: Path, steps: int) -> Path:
     return folder / f"replay_{steps:09d}.safetensors"
-
-
-def _fingerprint(state: OnlineState[Any], prior: PyTree, reward_function: PyTree, key: Key, settings: str) -> str:
-    """What must be equal for a checkpoint to belong to this run."""
-    replay = state.replay
-    trees = (state.agent, replay.stored(), replay.size, replay.position, state.env_steps, prior, reward_function)
-    digest = hashlib.sha256(f"{jax.tree.structure(trees)} {replay.capacity} {settings}".encode())
-    for leaf in jax.tree.leaves((trees, jax.random.key_data(key))):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _fitting(observations: Float[np.ndarray, "L O"], replay: ReplayBuffer) -> Float[np.ndarray, "L O"]:

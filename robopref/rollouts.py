@@ -7,7 +7,7 @@ the number of processes or on which other episodes happened to run beside it.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
@@ -144,7 +144,7 @@ class _Lanes:
         while len(self._envs) < len(seeds):
             self._envs.append(self._make_env())
         recorders = [
-            _Recorder(env, seed, keep_states=keep_states) for env, seed in zip(self._envs, seeds, strict=False)
+            EpisodeRecorder(env, seed, keep_states=keep_states) for env, seed in zip(self._envs, seeds, strict=False)
         ]
         # Unused lanes repeat the last one, so that the policy always sees one batch size: one compilation, and an
         # episode's actions that do not depend on how many others run beside it.
@@ -160,10 +160,15 @@ class _Lanes:
         return [recorder.episode(policy.describe(seed)) for recorder, seed in zip(recorders, seeds, strict=True)]
 
 
-class _Recorder:
-    """One episode of one environment as it grows."""
+class EpisodeRecorder:
+    """One episode of one environment as it grows.
 
-    def __init__(self, env: gymnasium.Env[Any, Any], seed: int, *, keep_states: bool) -> None:
+    Args:
+        env: reset at once, with this seed.
+        keep_states: also keep the full simulator state at every step (the environment must have `get_state`).
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], seed: int, *, keep_states: bool = False) -> None:
         self._env = env
         self._seed = int(seed)
         self._keep_states = keep_states
@@ -173,18 +178,24 @@ class _Recorder:
         self._states = [env.unwrapped.get_state()] if keep_states else []  # type: ignore[attr-defined]
         self._actions: list[np.ndarray] = []
         self._rewards: list[float] = []
-        self._terminated = self._truncated = False
+        self.terminated = self._truncated = False
 
     @property
     def running(self) -> bool:
-        return not (self._terminated or self._truncated)
+        return not (self.terminated or self._truncated)
+
+    @property
+    def steps(self) -> int:
+        return len(self._actions)
 
     @property
     def observation(self) -> np.ndarray:
+        """The present one."""
         observation: np.ndarray = self._observations[-1]
         return observation
 
-    def step(self, action: np.ndarray, *, stop_on_success: bool) -> None:
+    def step(self, action: np.ndarray, *, stop_on_success: bool = False) -> float:
+        """Acts and returns the reward; `stop_on_success` cuts the episode off (truncated) at its first success."""
         # A copy: `actions` of a policy may be a view into a buffer that it fills again at the next step.
         action = np.array(action, dtype=self._env.action_space.dtype)
         observation, reward, terminated, truncated, info = self._env.step(action)
@@ -194,18 +205,20 @@ class _Recorder:
         self._infos.append(_scalars(info))
         if self._keep_states:
             self._states.append(self._env.unwrapped.get_state())  # type: ignore[attr-defined]
-        self._terminated = bool(terminated)
-        cut = stop_on_success and bool(info.get("success", False)) and not self._terminated
+        self.terminated = bool(terminated)
+        cut = stop_on_success and bool(info.get("success", False)) and not self.terminated
         self._truncated = bool(truncated) or cut
+        return float(reward)
 
-    def episode(self, origin: Any) -> Episode:
+    def episode(self, origin: Mapping[str, str | float]) -> Episode:
+        """The episode so far."""
         # An environment need not report on reset what it reports on steps; a quantity counts as zero there.
         names = sorted(set().union(*self._infos))
         return Episode(
             observations=np.stack(self._observations),
             actions=np.stack(self._actions),
             rewards=np.asarray(self._rewards),
-            terminated=self._terminated,
+            terminated=self.terminated,
             truncated=self._truncated,
             infos={name: np.asarray([info.get(name, 0) for info in self._infos]) for name in names},
             states=np.stack(self._states) if self._keep_states else None,

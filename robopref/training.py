@@ -7,7 +7,6 @@ update's randomness comes from the run's key and the step, and a checkpoint hold
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 from robopref.agent import Dataset, Learner, update_many
-from robopref.checkpoints import read_checkpoint_metadata, restore_checkpoint, save_checkpoint
+from robopref.checkpoints import fingerprint, read_checkpoint_metadata, restore_checkpoint, save_checkpoint
 from robopref.files import atomic_write
 from robopref.progress import ProgressCallback
 from robopref.types import Key, Metrics
@@ -60,7 +59,7 @@ def fit(
     _check_counts(
         num_updates=num_updates, batch_size=batch_size, log_every=log_every, checkpoint_every=checkpoint_every
     )
-    run = _fingerprint(agent, dataset, key, batch_size)
+    run = fingerprint((agent, dataset, jax.random.key_data(key)), batch_size)
     rows: list[dict[str, float]] = []
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,14 +141,6 @@ def _resume(agent: A, folder: Path, run: str) -> A:
             f"{folder} holds a run with another configuration, dataset or seed; choose another folder or remove it"
         )
     return restore_checkpoint(path, agent)
-
-
-def _fingerprint(agent: Learner, dataset: Dataset, key: Key, batch_size: int) -> str:
-    """What must be equal for a checkpoint to belong to this run: agent as created, data, key and batch size."""
-    digest = hashlib.sha256(f"{jax.tree.structure(agent)} {jax.tree.structure(dataset)} {batch_size}".encode())
-    for leaf in jax.tree.leaves((agent, dataset, jax.random.key_data(key))):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _check_finite(row: Mapping[str, float], folder: Path | None) -> None:
