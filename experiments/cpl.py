@@ -49,7 +49,9 @@ from envs.metaworld import CPL_VIEW
 from experiments.demo import behaviours
 from experiments.experiment import (
     Evaluation,
+    RunArgs,
     Training,
+    check_args,
     collect,
     evaluate_policy,
     film,
@@ -58,7 +60,7 @@ from experiments.experiment import (
     run_main,
     train,
 )
-from experiments.grid import Job, JobContext, LauncherName
+from experiments.grid import Job, JobContext
 from experiments.oracle import load_oracle
 from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from robopref.episodes import EpisodeDataset, load_episodes
@@ -170,14 +172,13 @@ CPL = Training(
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """Contrastive preference learning and its rivals, on simulated preferences.
 
     Attributes:
         tasks: names of Meta-World tasks.
         methods: which to train; all by default.
         seeds: each draws segments, labels and networks of its own, and initial states for evaluation.
-        seed: of everything.
         horizon: steps in which the task must be done.
         episodes: to collect.
         held_out_episodes: more of them, for pairs that no method trains on.
@@ -209,17 +210,11 @@ class Args:
         evaluation_episodes: per method and seed, from the last checkpoint.
         curve_episodes: per method, seed and point of the learning curve.
         smoothing: checkpoints over which the learning curve is averaged before its best point is taken.
-        folder: of the run; runs/cpl-<preset>-<seed> by default.
-        preset: what the folder and published results are called by.
-        launcher: processes on this machine, or Ray.
-        cores: to use; all there are by default.
-        publish: also write the results to experiments/results/cpl-<preset>.json.
     """
 
     tasks: tuple[str, ...] = ("door-open-v3", "plate-slide-v3")
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    seed: int = 0
     horizon: int = 120
     episodes: int = 600
     held_out_episodes: int = 100
@@ -249,11 +244,6 @@ class Args:
     evaluation_episodes: int = 50
     curve_episodes: int = 10
     smoothing: int = 3
-    folder: Path | None = None
-    preset: str = "small"
-    launcher: LauncherName = "local"
-    cores: int | None = None
-    publish: bool = False
 
 
 def _smoke(training: Training[Any], config: Any) -> Training[Any]:
@@ -854,17 +844,9 @@ def _summary(args: Args, claims: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _check(args: Args) -> None:
-    for name in ("tasks", "methods", "seeds"):
-        chosen = getattr(args, name)
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(f"--{name} must name at least one, and none twice.")
-    for method in args.methods:
-        if method not in METHODS:
-            raise ValueError(f"there is no method {method!r}{envs.suggestion(method, METHODS)}")
+    check_args(args, chosen={"tasks": None, "methods": METHODS, "seeds": None})
     for task in args.tasks:
         envs.make({"name": f"metaworld/{task}", "horizon": args.horizon}).close()
-    if min(args.seed, *args.seeds) < 0:
-        raise ValueError("seeds must not be negative.")
     if args.length > args.horizon:
         raise ValueError(f"segments of {args.length} steps do not fit into episodes of {args.horizon}.")
     for name in ("sparse_segments", "held_out_pool", "pool"):

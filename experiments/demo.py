@@ -31,7 +31,9 @@ from agents.cpl import CPLConfig
 from envs.behaviours import Expert, HeldBias, Mixture, Offset, Switching
 from experiments.experiment import (
     Evaluation,
+    RunArgs,
     Training,
+    check_args,
     collect,
     evaluate_policy,
     film,
@@ -40,7 +42,7 @@ from experiments.experiment import (
     run_main,
     train,
 )
-from experiments.grid import Job, JobContext, LauncherName
+from experiments.grid import Job, JobContext
 from labelers.teachers import THRESHOLD_PRESETS, benchmark_threshold, preset
 from robopref.episodes import load_episodes
 from robopref.evaluation import claim_verdict, compare, success_interval
@@ -77,14 +79,13 @@ CPL = Training(
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """The main job from end to end, on one or more Meta-World tasks.
 
     Attributes:
         tasks: names of Meta-World tasks.
         methods: which of bc, sft, cpl and cpl-shuffled to train.
         seeds: training seeds; each is evaluated on initial states of its own, shared by all methods.
-        seed: of everything: data, queries, labels, training and initial states.
         horizon: steps in which the task must be done.
         episodes: to collect.
         queries: pairs of segments to label.
@@ -95,17 +96,11 @@ class Args:
         cpl: contrastive preference learning.
         evaluation_episodes: per method and seed, from the last checkpoint.
         curve_episodes: per method, seed and point of the learning curve.
-        folder: of the run; runs/demo-<preset>-<seed> by default.
-        preset: what the folder and published results are called by.
-        launcher: processes on this machine, or Ray.
-        cores: to use; all there are by default.
-        publish: also write the results to experiments/results/demo-<preset>.json.
     """
 
     tasks: tuple[str, ...] = ("door-open-v3",)
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
-    seed: int = 0
     horizon: int = 120
     episodes: int = 600
     queries: int = 4000
@@ -116,11 +111,6 @@ class Args:
     cpl: Training[CPLConfig] = CPL
     evaluation_episodes: int = 50
     curve_episodes: int = 20
-    folder: Path | None = None
-    preset: str = "small"
-    launcher: LauncherName = "local"
-    cores: int | None = None
-    publish: bool = False
 
 
 def _smoke(training: Training[Any], **config: Any) -> Training[Any]:
@@ -305,20 +295,8 @@ def _cell(method: str, task: str, seed: int) -> str:
 
 
 def _check(args: Args) -> None:
-    for name in ("tasks", "methods", "seeds"):
-        values = getattr(args, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"--{name} must name at least one, and none twice.")
-    for name in ("episodes", "queries", "length", "evaluation_episodes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    if min(args.seed, *args.seeds) < 0:
-        raise ValueError("seeds must not be negative.")
-    if args.cores is not None and args.cores < 1:
-        raise ValueError(f"--cores must be at least 1, not {args.cores}.")
-    for method in args.methods:
-        if method not in METHODS:
-            raise ValueError(f"there is no method {method!r}{envs.suggestion(method, METHODS)}")
+    counts = {name: getattr(args, name) for name in ("episodes", "queries", "length", "evaluation_episodes")}
+    check_args(args, chosen={"tasks": None, "methods": METHODS, "seeds": None}, counts=counts)
     for task in args.tasks:
         envs.make({"name": f"metaworld/{task}", "horizon": args.horizon}).close()
     if args.length > args.horizon:

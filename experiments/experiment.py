@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,10 @@ import envs
 from agents.bc import BCAgent, BCConfig
 from agents.cpl import CPLAgent, CPLConfig
 from agents.piql import PIQLAgent, PIQLConfig
-from experiments.grid import Job, JobContext, finished_values, report_failures, run_grid
+from experiments.grid import Job, JobContext, LauncherName, finished_values, report_failures, run_grid
 from robopref.agent import AgentPolicy
 from robopref.checkpoints import restore_checkpoint
+from robopref.compilation import keep_compiled_programs
 from robopref.configs import from_json, to_json
 from robopref.datasets import PreferenceDataset, RankingDataset, TransitionDataset, best_episodes, fit_normalizer
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
@@ -50,6 +52,7 @@ from robopref.types import Policy, Preferences, Segments
 from robopref.video import side_by_side, write_video
 
 Args = TypeVar("Args")
+Run = TypeVar("Run", bound="RunArgs")
 Config = TypeVar("Config")
 
 AGENTS: dict[type, Any] = {BCConfig: BCAgent, CPLConfig: CPLAgent, PIQLConfig: PIQLAgent}
@@ -57,6 +60,27 @@ AGENTS: dict[type, Any] = {BCConfig: BCAgent, CPLConfig: CPLAgent, PIQLConfig: P
 
 RESULTS = Path(__file__).parent / "results"
 """Where published results lie, as `<experiment>-<preset>.json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArgs:
+    """What every experiment's `Args` begin with.
+
+    Attributes:
+        seed: of everything: data, labels, training and initial states.
+        folder: of the run; runs/<experiment>-<preset>-<seed> by default.
+        preset: what the folder and published results are called by.
+        launcher: processes on this machine, or Ray.
+        cores: to use; all there are by default.
+        publish: also write the results to experiments/results/<experiment>-<preset>.json.
+    """
+
+    seed: int = 0
+    folder: Path | None = None
+    preset: str = "small"
+    launcher: LauncherName = "local"
+    cores: int | None = None
+    publish: bool = False
 
 
 @dataclass(frozen=True)
@@ -308,6 +332,34 @@ def first_seed(seed: int, purpose: int) -> int:
     return 10_000_000 * seed + 1_000_000 * purpose
 
 
+def check_args(
+    args: RunArgs, *, chosen: Mapping[str, tuple[str, ...] | None], counts: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """Refuses what no experiment can work with.
+
+    Args:
+        args: of the experiment.
+        chosen: arguments that name one thing or more, none twice, with what there is to choose from, if that is known.
+        counts: what must be at least 1.
+
+    Raises:
+        ValueError: an argument is none of that, or a seed is negative.
+    """
+    for name, known in chosen.items():
+        values = getattr(args, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"--{name} must name at least one, and none twice.")
+        for value in values:
+            if known is not None and value not in known:
+                raise ValueError(f"there is no {name.removesuffix('s')} {value!r}{envs.suggestion(value, known)}")
+    cores = {} if args.cores is None else {"cores": args.cores}
+    for name, value in {**counts, **cores}.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    if min([args.seed, *getattr(args, "seeds", ())]) < 0:
+        raise ValueError("seeds must not be negative.")
+
+
 def save_run(folder: Path, module: str, args: Any) -> None:
     """Notes in a run folder which experiment it belongs to, and refuses a folder that belongs to another one."""
     path = folder / "run.json"
@@ -321,9 +373,9 @@ def save_run(folder: Path, module: str, args: Any) -> None:
 
 def run_experiment(
     name: str,
-    args: Args,
-    jobs: Callable[[Args], Sequence[Job]],
-    report: Callable[[Args, Mapping[str, Any], Mapping[str, Any], Path], Report],
+    args: Run,
+    jobs: Callable[[Run], Sequence[Job]],
+    report: Callable[[Run, Mapping[str, Any], Mapping[str, Any], Path], Report],
     *,
     seeds: Sequence[int],
     console: Console | None = None,
@@ -334,7 +386,7 @@ def run_experiment(
 
     Args:
         name: of the experiment's module.
-        args: with the fields `seed`, `folder`, `preset`, `launcher`, `cores` and `publish`.
+        args: of the experiment.
         jobs: makes the grid. Jobs that store data give their hash as `hash`, which the manifest keeps.
         report: makes the report of the values of the jobs, the manifest and the folder of the run.
         seeds: of the training runs, for the manifest.
@@ -345,12 +397,12 @@ def run_experiment(
     Returns:
         the values of the jobs, or None if some failed, which has been said then.
     """
-    console, run_args = console or Console(), cast(Any, args)
+    console = console or Console()
     started = time.monotonic()
-    folder = run_args.folder or Path("runs") / f"{name}-{run_args.preset}-{run_args.seed}"
+    folder = args.folder or Path("runs") / f"{name}-{args.preset}-{args.seed}"
     grid = jobs(args)
     save_run(folder, f"experiments.{name}", args)
-    outcome = run_grid(grid, folder, launcher=run_args.launcher, cores=run_args.cores)
+    outcome = run_grid(grid, folder, launcher=args.launcher, cores=args.cores)
     if outcome.failures:
         report_failures(outcome, console)
         return None
@@ -363,7 +415,7 @@ def run_experiment(
     )
     run["config"] |= dict.fromkeys(unpublished)
     found = report(args, outcome.values, run, folder)
-    publish = RESULTS / f"{name}-{run_args.preset}.json" if run_args.publish else None
+    publish = RESULTS / f"{name}-{args.preset}.json" if args.publish else None
     page = finish_run(folder, found, publish=publish)
     print_table({**found.results, "rows": [*filter(shown, found.results["rows"])]}, console, found.comparisons)
     console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
@@ -424,6 +476,7 @@ def parse_args(presets: Mapping[str, Args], argv: Sequence[str] | None = None, *
 
 def run_main(main: Callable[[Args], int], presets: Mapping[str, Args], description: str) -> None:
     """The command line of an experiment: errors in the input are one sentence and exit status 2."""
+    keep_compiled_programs()
     try:
         status = main(parse_args(presets, description=description))
     except (ValueError, OSError, RuntimeError) as error:

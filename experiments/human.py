@@ -41,11 +41,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 
-import envs
 from agents.cpl import CPLAgent, CPLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
-from experiments.experiment import run_experiment, run_main
-from experiments.grid import Job, JobContext, LauncherName
+from experiments.experiment import RunArgs, check_args, run_experiment, run_main
+from experiments.grid import Job, JobContext
 from robopref.agent import update_many
 from robopref.datasets import PreferenceDataset
 from robopref.evaluation import (
@@ -138,7 +137,7 @@ CPL = CPLConfig(
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """Reward models and CPL on published human preferences.
 
     Attributes:
@@ -147,7 +146,6 @@ class Args:
         tasks: which of can, lift, lift-script, hopper and walker2d.
         methods: which of linear, mlp, transformer and cpl to train.
         seeds: repetitions of the cross-validation, with other folds and other initial parameters.
-        seed: of everything.
         folds: of the cross-validation; more where overlapping segments would leave too few pairs to train on.
         keep: the share of the other pairs that a fold must leave to train on, once those that overlap are left out.
         committee: members of each method in each fold.
@@ -156,18 +154,12 @@ class Args:
         mlp: the reward of an MLP.
         transformer: the Preference Transformer.
         cpl: contrastive preference learning.
-        folder: of the run; runs/human-<preset>-<seed> by default.
-        preset: what the folder and published results are called by.
-        launcher: processes on this machine, or Ray.
-        cores: to use; all there are by default.
-        publish: also write the results to experiments/results/human-<preset>.json.
     """
 
     data: Path | None = None
     tasks: tuple[str, ...] = tuple(DATASETS)
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1)
-    seed: int = 0
     folds: int = 10
     keep: float = 0.5
     committee: int = 5
@@ -176,11 +168,6 @@ class Args:
     mlp: Fitting[RewardModelConfig] = Fitting(MLP, updates=300, batch_size=16)
     transformer: Fitting[RewardModelConfig] = Fitting(TRANSFORMER, updates=100, batch_size=8, checkpoints=5)
     cpl: Fitting[CPLConfig] = Fitting(CPL, updates=250, batch_size=16)
-    folder: Path | None = None
-    preset: str = "small"
-    launcher: LauncherName = "local"
-    cores: int | None = None
-    publish: bool = False
 
 
 def _smoke(fitting: Fitting[Any], **config: Any) -> Fitting[Any]:
@@ -603,22 +590,13 @@ def _folder(args: Args) -> Path:
 
 
 def _check(args: Args) -> None:
-    for name, known in (("tasks", tuple(DATASETS)), ("methods", METHODS), ("seeds", None)):
-        chosen = getattr(args, name)
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(f"--{name} must name at least one, and none twice.")
-        for each in chosen:
-            if known is not None and each not in known:
-                raise ValueError(f"there is no {name[:-1]} {each!r}{envs.suggestion(each, known)}")
+    chosen = {"tasks": tuple(DATASETS), "methods": METHODS, "seeds": None}
+    check_args(args, chosen=chosen, counts={"frames": args.frames})
     for name in ("folds", "committee"):
         if getattr(args, name) < 2:
             raise ValueError(f"--{name} must be at least 2, not {getattr(args, name)}.")
     if not 0 < args.keep < 1:
         raise ValueError(f"--keep must lie between 0 and 1, not at {args.keep}.")
-    if args.frames < 1:
-        raise ValueError(f"--frames must be at least 1, not {args.frames}.")
-    if min(args.seed, *args.seeds) < 0:
-        raise ValueError("seeds must not be negative.")
     for method in args.methods:
         fitting = getattr(args, method)
         if fitting.batch_size < 1 or not 1 <= fitting.checkpoints <= fitting.updates:

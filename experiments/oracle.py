@@ -39,13 +39,15 @@ from envs.env import Env
 from experiments.demo import behaviours
 from experiments.experiment import (
     Evaluation,
+    RunArgs,
+    check_args,
     collect,
     evaluate_policy,
     first_seed,
     run_experiment,
     run_main,
 )
-from experiments.grid import Job, JobContext, LauncherName
+from experiments.grid import Job, JobContext
 from labelers.regret import RegretTeacher, SimulatedRegretTeacher
 from robopref.agent import AgentPolicy
 from robopref.checkpoints import restore_checkpoint, save_checkpoint
@@ -159,12 +161,11 @@ PAPER = OracleTraining(
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """Oracles for regret labels on one or more Meta-World tasks.
 
     Attributes:
         tasks: names of Meta-World tasks.
-        seed: of everything: rollouts, training, examination.
         horizon: steps of an episode.
         episodes: rollouts that the oracle is trained on beside its own.
         held_out_episodes: rollouts that it is examined on.
@@ -172,15 +173,9 @@ class Args:
         training: of the oracle.
         examination: of the oracle.
         gate: what it must reach.
-        folder: of the run; runs/oracle-<preset>-<seed> by default.
-        preset: what the folder and published results are called by.
-        launcher: processes on this machine, or Ray.
-        cores: to use; all there are by default.
-        publish: also write the results to experiments/results/oracle-<preset>.json.
     """
 
     tasks: tuple[str, ...] = ("door-open-v3",)
-    seed: int = 0
     horizon: int = 120
     episodes: int = 600
     held_out_episodes: int = 100
@@ -188,11 +183,6 @@ class Args:
     training: OracleTraining = SMALL
     examination: Examination = Examination()
     gate: Gate = Gate()
-    folder: Path | None = None
-    preset: str = "small"
-    launcher: LauncherName = "local"
-    cores: int | None = None
-    publish: bool = False
 
 
 DEFAULT = Args()
@@ -791,14 +781,10 @@ def _blank(config: SACConfig, observation_dim: int, action_dim: int) -> SACAgent
 
 
 def _check(args: Args) -> None:
-    if not args.tasks or len(set(args.tasks)) < len(args.tasks):
-        raise ValueError("--tasks must name at least one, and none twice.")
     counts = {name: getattr(args, name) for name in ("episodes", "held_out_episodes", "length")}
     counts |= {f"examination.{name}": value for name, value in vars(args.examination).items()}
     counts |= {f"training.{name}": getattr(args.training, name) for name in ("env_steps", "capacity", "checkpoints")}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    check_args(args, chosen={"tasks": None}, counts=counts)
     if args.training.env_steps % (args.training.checkpoints * args.training.online.lanes):
         raise ValueError(
             f"--training.env-steps ({args.training.env_steps}) must be a multiple of checkpoints times lanes"
@@ -811,10 +797,6 @@ def _check(args: Args) -> None:
         )
     if not 0 <= args.training.starts <= 1:
         raise ValueError(f"--training.starts must lie in [0, 1], not {args.training.starts}.")
-    if args.seed < 0:
-        raise ValueError("the seed must not be negative.")
-    if args.cores is not None and args.cores < 1:
-        raise ValueError(f"--cores must be at least 1, not {args.cores}.")
     for task in args.tasks:
         envs.make({"name": f"metaworld/{task}", "horizon": args.horizon}).close()
     if args.length > args.horizon:

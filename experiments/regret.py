@@ -28,8 +28,8 @@ from jaxtyping import Float
 from rich.console import Console
 
 from envs.delivery import Board, random_board, random_risky_board, to_mdp
-from experiments.experiment import run_experiment, run_main
-from experiments.grid import Job, JobContext, LauncherName
+from experiments.experiment import RunArgs, check_args, run_experiment, run_main
+from experiments.grid import Job, JobContext
 from robopref.evaluation import claim_verdict, compare, success_interval
 from robopref.files import atomic_write
 from robopref.mdp import TabularMDP, greedy_policy, optimal_values, q_values, scaled_return, stack
@@ -83,7 +83,7 @@ ADVANTAGE = RewardInferenceConfig("advantage", updates=1000)
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(RunArgs):
     """What do people's preferences measure? Rewards of tabular processes, learned from regret or partial return.
 
     Attributes:
@@ -101,12 +101,6 @@ class Args:
         cases: which of them.
         case_preferences: how many are learned from there; ascending.
         win: what a win on a risky board is worth.
-        seed: of everything.
-        folder: of the run; runs/regret-<preset>-<seed> by default.
-        preset: what the folder and published results are called by.
-        launcher: processes on this machine, or Ray.
-        cores: to use; all there are by default.
-        publish: also write the results to experiments/results/regret-<preset>.json.
     """
 
     dynamics: tuple[Dynamics, ...] = ("deterministic", "risky")
@@ -123,12 +117,6 @@ class Args:
     cases: tuple[str, ...] = tuple(CASES)
     case_preferences: tuple[int, ...] = (3, 10, 30, 100, 300)
     win: float = 50.0
-    seed: int = 0
-    folder: Path | None = None
-    preset: str = "small"
-    launcher: LauncherName = "local"
-    cores: int | None = None
-    publish: bool = False
 
 
 DEFAULT = Args()
@@ -578,15 +566,12 @@ def _check(args: Args) -> None:
             raise ValueError(
                 f"--{name} takes some of {', '.join(known)}, none twice, not {', '.join(chosen) or 'nothing'}."
             )
-    for name in ("boards", "repeats", "policies", "length"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    counts = {name: getattr(args, name) for name in ("boards", "repeats", "policies", "length")}
+    check_args(args, chosen={}, counts=counts)
     if not args.noises or min(args.noises) < 0 or len(set(args.noises)) < len(args.noises):
         raise ValueError(f"--noises are temperatures, none below 0 and none twice, not {args.noises}.")
     if not 0 <= args.discount < 1:
         raise ValueError(f"--discount must lie in [0, 1), not {args.discount}.")
-    if args.seed < 0:
-        raise ValueError("seeds must not be negative.")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import signal
@@ -12,7 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,42 +22,19 @@ from experiments import cpl
 from experiments.cpl import CLAIMS, METHODS, PRESETS, PUBLISHED, Args, jobs, main
 from experiments.experiment import rebuild_report
 from robopref.episodes import load_episodes
-from robopref.files import read_json
 from robopref.queries import Labels, Queries
 from robopref.records import read_records
 from robopref.training import checkpoints
+from tests.experiments.runs import Run, run_to_the_end
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = "drawer-open-v3"
 SMOKE = PRESETS["smoke"]
 
 
-class Run(NamedTuple):
-    args: Args
-    folder: Path
-    status: int
-    said: str
-
-
-def run_experiment(args: Args) -> Run:
-    assert args.folder is not None
-    said = io.StringIO()
-    status = main(args, Console(file=said, width=200))
-    return Run(args, args.folder, status, said.getvalue())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_experiment(replace(SMOKE, folder=tmp_path_factory.mktemp("cpl") / "run"))
-
-
-def results(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report" / "results.json").read_text())
-    return found
-
-
-def value(folder: Path, job: str) -> Any:
-    return read_json(folder / job / "result.json")["value"]
+    return run_to_the_end(main, replace(SMOKE, folder=tmp_path_factory.mktemp("cpl") / "run"))
 
 
 def records(folder: Path, pairing: str, seed: int = 0) -> tuple[Queries, Labels]:
@@ -68,7 +44,7 @@ def records(folder: Path, pairing: str, seed: int = 0) -> tuple[Queries, Labels]
 
 def test_every_method_has_success_smoothed_success_and_ranking_accuracy(run: Run) -> None:
     assert run.status == 0
-    found = {(row["method"], row["metric"]) for row in results(run.folder)["rows"]}
+    found = {(row["method"], row["metric"]) for row in run.results["rows"]}
     for method in METHODS:
         assert {(method, metric) for metric in (cpl.SUCCESS, cpl.SMOOTHED, cpl.RANKING)} <= found
     assert {("piql (policy)", cpl.RANKING), ("best attainable", cpl.RANKING), ("expert", cpl.SUCCESS)} <= found
@@ -76,7 +52,7 @@ def test_every_method_has_success_smoothed_success_and_ranking_accuracy(run: Run
 
 
 def test_every_claim_is_there_with_the_verdict_of_its_interval(run: Run) -> None:
-    claims = results(run.folder)["claims"]
+    claims = run.results["claims"]
     assert [claim["id"] for claim in claims] == ["a", "a", "b", "c", "c", "d", "e", "f"]
     for claim in claims:
         assert claim["claim"].startswith(f"{TASK}: ")
@@ -89,7 +65,7 @@ def test_every_claim_is_there_with_the_verdict_of_its_interval(run: Run) -> None
 
 
 def test_a_claim_is_the_difference_of_the_success_rates_in_the_table(run: Run) -> None:
-    found = results(run.folder)
+    found = run.results
     rates = {row["method"]: row["mean"] for row in found["rows"] if row["metric"] == cpl.SUCCESS}
     differences = [claim["ours"] for claim in found["claims"] if claim["id"] != "f"]
     expected = [sum(weight * rates[method] for weight, method in claim.terms) for claim in CLAIMS]
@@ -98,13 +74,11 @@ def test_a_claim_is_the_difference_of_the_success_rates_in_the_table(run: Run) -
 
 def test_the_claim_about_time_is_the_ratio_of_times(run: Run) -> None:
     seconds = {
-        method: [
-            value(run.folder, f"train/{method}/{TASK}/{seed}")["seconds_per_update"] * 6 for seed in run.args.seeds
-        ]
+        method: [run.value(f"train/{method}/{TASK}/{seed}")["seconds_per_update"] * 6 for seed in run.args.seeds]
         for method in ("cpl", "piql")
     }
     ratio = math.exp(np.mean(np.log(seconds["cpl"])) - np.mean(np.log(seconds["piql"])))
-    claim = next(claim for claim in results(run.folder)["claims"] if claim["id"] == "f")
+    claim = next(claim for claim in run.results["claims"] if claim["id"] == "f")
     assert claim["ours"] == pytest.approx(ratio)
 
 
@@ -151,7 +125,7 @@ def test_held_out_pairs_are_of_episodes_that_nobody_trained_on(run: Run) -> None
     assert labels.values is not None
     decided = int((labels.values != 0.5).sum())
     for method in METHODS:
-        rankings = value(run.folder, f"train/{method}/{TASK}/0")["rankings"]
+        rankings = run.value(f"train/{method}/{TASK}/0")["rankings"]
         assert {len(scores) for scores in rankings.values()} == {decided}
         assert set(np.concatenate(list(rankings.values()))) <= {0.0, 0.5, 1.0}
 
@@ -168,13 +142,14 @@ def test_a_noisy_teacher_bounds_what_can_be_attained(tmp_path: Path) -> None:
     noise = 30.0
     narrow = replace(SMOKE, seeds=(0,), methods=("sft",), temperature=noise, teacher="partial_return")
     args = replace(narrow, folder=tmp_path / "run")
-    assert run_experiment(args).status == 0
+    run = run_to_the_end(main, args)
+    assert run.status == 0
     dataset = load_episodes(args.folder / "held-out" / TASK / "episodes")
     queries, labels = read_records(args.folder / "labels" / "held-out" / TASK / "labels.parquet", dataset)
     gaps = np.subtract(*queries.partial_returns.T[::-1])
     probabilities = 1 / (1 + np.exp(-gaps / noise))
     expected = np.maximum(probabilities, 1 - probabilities).mean()
-    row = next(row for row in results(args.folder)["rows"] if row["method"] == "best attainable")
+    row = next(row for row in run.results["rows"] if row["method"] == "best attainable")
     assert row["mean"] == pytest.approx(expected, rel=1e-6)
     assert 0.5 < row["mean"] < 1
     assert labels.labeler == "partial_return"
@@ -282,10 +257,11 @@ def test_the_paper_preset_runs_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert not (cell / "result.json").exists()
     first = checkpoints(cell)[50]
     before = first.stat().st_mtime_ns
-    assert run_experiment(args).status == 0
+    run = run_to_the_end(main, args)
+    assert run.status == 0
     assert first.stat().st_mtime_ns == before
     assert list(checkpoints(cell)) == [50, 100, 150, 200]
-    metrics = value(args.folder, f"train/cpl/{TASK}/0")["metrics"]
+    metrics = run.value(f"train/cpl/{TASK}/0")["metrics"]
     # The published warm-up is so long that contrasting moves nothing yet: it is the cloning that shows.
     assert [row["step"] for row in metrics][-1] == 200
     assert metrics[-1]["policy/cloning_loss"] < metrics[0]["policy/cloning_loss"]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import pytest
@@ -20,28 +20,15 @@ from experiments import experiment
 from experiments.demo import METHODS, PRESETS, Args, jobs, main
 from experiments.experiment import Evaluation, rebuild_report, save_run
 from robopref.rendering import rendering_backend
+from tests.experiments.runs import Run, run_to_the_end
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = "door-open-v3"
 
 
-class Run(NamedTuple):
-    args: Args
-    folder: Path
-    status: int
-    said: str
-
-
-def run_demo(args: Args) -> Run:
-    assert args.folder is not None
-    said = io.StringIO()
-    status = main(args, Console(file=said, width=200))
-    return Run(args, args.folder, status, said.getvalue())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_demo(replace(PRESETS["smoke"], folder=tmp_path_factory.mktemp("demo") / "run"))
+    return run_to_the_end(main, replace(PRESETS["smoke"], folder=tmp_path_factory.mktemp("demo") / "run"))
 
 
 @pytest.fixture
@@ -102,7 +89,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def test_results_have_every_method_with_its_interval(run: Run) -> None:
-    results = json.loads((run.folder / "report" / "results.json").read_text())
+    results = run.results
     assert [row["method"] for row in results["rows"]] == [*METHODS, "expert"]
     for row in results["rows"]:
         assert (row["task"], row["metric"], row["n"], row["seeds"]) == (TASK, "success rate", 6, 2)
@@ -117,7 +104,7 @@ def test_results_have_every_method_with_its_interval(run: Run) -> None:
 
 
 def test_claims_have_verdicts_that_follow_from_their_intervals(run: Run) -> None:
-    claims = json.loads((run.folder / "report" / "results.json").read_text())["claims"]
+    claims = run.results["claims"]
     assert [claim["id"] for claim in claims] == ["a", "b", "c", "d"]
     for claim in claims:
         assert TASK in claim["claim"]
@@ -129,8 +116,8 @@ def test_claims_have_verdicts_that_follow_from_their_intervals(run: Run) -> None
 
 
 def test_the_manifest_names_the_data_and_the_configuration(run: Run) -> None:
-    found = json.loads((run.folder / "report" / "results.json").read_text())["manifest"]
-    episodes = json.loads((run.folder / "episodes" / TASK / "result.json").read_text())["value"]
+    found = run.results["manifest"]
+    episodes = run.value(f"episodes/{TASK}")
     assert found["data"] == {f"episodes/{TASK}": episodes["hash"]}
     assert episodes["steps"] == 8 * 40
     assert sum(map(len, episodes["behaviours"].values())) == 8
@@ -141,7 +128,7 @@ def test_the_manifest_names_the_data_and_the_configuration(run: Run) -> None:
 
 def test_learning_curves_have_the_checkpoints_that_were_asked_for(run: Run) -> None:
     for method in METHODS:
-        value = json.loads((run.folder / "train" / method / TASK / "1" / "result.json").read_text())["value"]
+        value = run.value(f"train/{method}/{TASK}/1")
         assert list(value["curve"]) == ["3", "6"]
         assert all(len(successes) == 2 for successes in value["curve"].values())
         assert [row["step"] for row in value["metrics"]] == [3, 6]
@@ -171,10 +158,10 @@ def job_files(folder: Path) -> dict[str, int]:
 def test_the_same_command_runs_no_job_again(run: Run) -> None:
     before = job_files(run.folder)
     assert len([path for path in before if path.endswith("result.json")]) == 1 + 1 + 5 * 2 + 1
-    results = json.loads((run.folder / "report" / "results.json").read_text())
-    assert run_demo(run.args).status == 0
+    results = run.results
+    assert run_to_the_end(main, run.args).status == 0
     assert job_files(run.folder) == before
-    again = json.loads((run.folder / "report" / "results.json").read_text())
+    again = run.results
     assert (again["rows"], again["claims"]) == (results["rows"], results["claims"])
 
 
@@ -203,9 +190,9 @@ def test_results_of_other_arguments_are_not_reported_as_those_of_the_run(run: Ru
 
 def test_methods_can_be_narrowed(run: Run, copy: Path) -> None:
     before = job_files(copy)
-    narrowed = run_demo(replace(run.args, folder=copy, methods=("bc", "cpl"), seeds=(1,)))
+    narrowed = run_to_the_end(main, replace(run.args, folder=copy, methods=("bc", "cpl"), seeds=(1,)))
     assert narrowed.status == 0
-    results = json.loads((copy / "report" / "results.json").read_text())
+    results = narrowed.results
     assert [(row["method"], row["n"], row["seeds"]) for row in results["rows"]] == [
         ("bc", 3, 1),
         ("cpl", 3, 1),

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,9 +17,10 @@ from rich.console import Console
 from experiments import human
 from experiments.experiment import rebuild_report
 from experiments.grid import JobContext
-from experiments.human import AGREEMENT, ENTROPY, FITTED, MAJORITY, PRESETS, PUBLISHED, TIES, Args, Fitting, Fold, main
+from experiments.human import AGREEMENT, ENTROPY, FITTED, MAJORITY, PRESETS, PUBLISHED, TIES, Fitting, Fold, main
 from robopref.datasets import PreferenceDataset
 from robopref.types import Preferences, Segments
+from tests.experiments.runs import Run, run_to_the_end
 
 STEPS, OBSERVATIONS, ACTIONS = 6, 3, 2
 REPEATED = 4
@@ -179,20 +180,6 @@ def test_both_orders_of_a_pair_say_the_same() -> None:
 # The experiment
 
 
-class Run(NamedTuple):
-    args: Args
-    folder: Path
-    status: int
-    said: str
-
-    def value(self, method: str, task: str, seed: int) -> Any:
-        return json.loads((self.folder / method / task / str(seed) / "result.json").read_text())["value"]
-
-    def results(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.folder / "report" / "results.json").read_text())
-        return found
-
-
 TASKS, METHODS, SEEDS = ("lift", "lift-script"), ("mlp", "cpl"), (0, 1)
 
 
@@ -206,8 +193,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     write(data / "human_preferences", "lift", pairs)
     write(data / "human_preferences", "lift-script", pairs.replace(labels=labels))
     args = replace(PRESETS["smoke"], data=data, tasks=TASKS, methods=METHODS, seeds=SEEDS, folder=folder, cores=1)
-    said = io.StringIO()
-    return Run(args, folder, main(args, Console(file=said, width=200)), said.getvalue())
+    return run_to_the_end(main, args)
 
 
 def test_the_experiment_runs_from_end_to_end(run: Run) -> None:
@@ -228,11 +214,11 @@ def right(logits: Any, labels: np.ndarray) -> np.ndarray:
 
 
 def test_rows_are_means_over_pairs_and_repetitions(run: Run) -> None:
-    rows = {(row["method"], row["task"], row["metric"]): row for row in run.results()["rows"]}
+    rows = {(row["method"], row["task"], row["metric"]): row for row in run.results["rows"]}
     for task in TASKS:
-        labels = np.array(json.loads((run.folder / "describe" / task / "result.json").read_text())["value"]["labels"])
+        labels = np.array(run.value(f"describe/{task}")["labels"])
         for method in (MAJORITY, *METHODS):
-            values = [run.value(method, task, seed) for seed in SEEDS]
+            values = [run.value(f"{method}/{task}/{seed}") for seed in SEEDS]
             probabilities = [1 / (1 + np.exp(-np.array(value["logits"]))) for value in values]
             published = np.array(values[0]["published_labels"])
             np.testing.assert_array_equal(published, labels[-REPEATED:])
@@ -258,8 +244,8 @@ def test_rows_are_means_over_pairs_and_repetitions(run: Run) -> None:
 
 
 def test_claims_have_verdicts_that_follow_from_their_intervals(run: Run) -> None:
-    rows = {(row["method"], row["task"], row["metric"]): row["mean"] for row in run.results()["rows"]}
-    claims = run.results()["claims"]
+    rows = {(row["method"], row["task"], row["metric"]): row["mean"] for row in run.results["rows"]}
+    claims = run.results["claims"]
     # Claims a, c and e are about methods that were not asked for.
     assert [claim["id"] for claim in claims] == [name for name in "bdfg" for _ in TASKS]
     for claim in claims:
@@ -279,11 +265,11 @@ def test_claims_have_verdicts_that_follow_from_their_intervals(run: Run) -> None
 
 
 def test_the_data_are_known_by_their_hash_and_not_by_their_place(run: Run) -> None:
-    manifest = run.results()["manifest"]
+    manifest = run.results["manifest"]
     assert manifest["data"].keys() == {f"describe/{task}" for task in TASKS}
     assert len(set(manifest["data"].values())) == 2
     assert manifest["config"]["data"] is None
-    assert str(run.args.data) not in json.dumps(run.results())
+    assert str(run.args.data) not in json.dumps(run.results)
 
 
 def test_a_report_is_rebuilt_to_the_same_bytes(run: Run) -> None:

@@ -8,7 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,30 +39,14 @@ from robopref.configs import from_json, to_json
 from robopref.episodes import EpisodeDataset, load_episodes
 from robopref.queries import draw_queries
 from robopref.training import checkpoints
+from tests.experiments.runs import Run, run_to_the_end
 
 TASK = "door-open-v3"
 
 
-class Run(NamedTuple):
-    args: Args
-    folder: Path
-    status: int
-    said: str
-
-    @property
-    def results(self) -> Any:
-        return json.loads((self.folder / "report" / "results.json").read_text())
-
-    def value(self, job: str) -> Any:
-        return json.loads((self.folder / job / TASK / "result.json").read_text())["value"]
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("oracle") / "run"
-    said = io.StringIO()
-    args = replace(PRESETS["smoke"], folder=folder)
-    return Run(args, folder, main(args, Console(file=said, width=250)), said.getvalue())
+    return run_to_the_end(main, replace(PRESETS["smoke"], folder=tmp_path_factory.mktemp("oracle") / "run"))
 
 
 @pytest.fixture
@@ -84,7 +68,7 @@ def test_it_runs_from_end_to_end(run: Run) -> None:
     assert "did not pass and is refused for labeling" in run.said
     assert f"The report is {(run.folder / 'report' / 'report.html').resolve()}\n" in run.said
     assert list(checkpoints(run.folder / "train" / TASK)) == [40, 80]
-    assert list(run.value("train")["curve"]) == ["40", "80"]
+    assert list(run.value(f"train/{TASK}")["curve"]) == ["40", "80"]
 
 
 def test_every_figure_has_its_interval(run: Run) -> None:
@@ -97,10 +81,10 @@ def test_every_figure_has_its_interval(run: Run) -> None:
     for words in REFERENCES.values():
         for labeling in LABELINGS:
             assert rows[labeling, f"agreement with {words}"]["n"] <= 6
-    agreements = run.value("oracle")["agreements"]
+    agreements = run.value(f"oracle/{TASK}")["agreements"]
     own = rows["direct", f"agreement with {REFERENCES['own']}"]
     assert own["mean"] == pytest.approx(np.mean(agreements["own"]["direct"]))
-    points = run.value("oracle")["held_out"]
+    points = run.value(f"oracle/{TASK}")["held_out"]
     expected = np.corrcoef(points["q_values"], points["returns"])[0, 1]
     assert rows["oracle", "correlation of Q with return, held-out states and actions"]["mean"] == pytest.approx(
         expected

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,28 +14,17 @@ from rich.console import Console
 
 from envs.delivery import random_risky_board, to_mdp
 from experiments.experiment import rebuild_report
-from experiments.regret import CASES, PRESETS, Args, draw_queries, jobs, main
+from experiments.regret import CASES, PRESETS, draw_queries, jobs, main
 from robopref.mdp import advantages, optimal_values, q_values
 from robopref.reward_inference import best_policy, segment_scores
+from tests.experiments.runs import Run, run_to_the_end
 
 SMOKE = PRESETS["smoke"]
 
 
-class Run(NamedTuple):
-    args: Args
-    folder: Path
-    status: int
-    said: str
-
-    @property
-    def results(self) -> Any:
-        return json.loads((self.folder / "report" / "results.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    args, said = replace(SMOKE, folder=tmp_path_factory.mktemp("regret") / "run"), io.StringIO()
-    return Run(args, args.folder, main(args, Console(file=said, width=200)), said.getvalue())  # type: ignore[arg-type]
+    return run_to_the_end(main, replace(SMOKE, folder=tmp_path_factory.mktemp("regret") / "run"))
 
 
 def test_the_smallest_run_ends_with_claims_and_a_page(run: Run) -> None:
@@ -61,11 +49,11 @@ def test_the_report_can_be_rebuilt(run: Run) -> None:
 
 
 def test_every_job_solves_the_same_boards(run: Run) -> None:
-    boards = json.loads((run.folder / "boards/deterministic/result.json").read_text())["value"]["boards"]
+    boards = run.value("boards/deterministic")["boards"]
     assert len(boards) == SMOKE.boards
     for job in jobs(run.args):
         if job.name.startswith("solve/"):
-            value = json.loads((run.folder / job.name / "result.json").read_text())["value"]
+            value = run.value(job.name)
             for returns in value["returns"].values():
                 assert np.shape(returns) == (SMOKE.boards, len(SMOKE.preferences))
                 assert np.max(returns) <= 1 + 1e-9
