@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as typed after `robopref`; those of this process if None.
     """
     options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    from robopref.compilation import keep_compiled_programs
+
+    keep_compiled_programs()
     try:
         status: int = options.run(options)
         sys.stdout.flush()

@@ -10,8 +10,12 @@ import gymnasium
 import numpy as np
 import pytest
 
+from robopref.compilation import keep_compiled_programs
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
 from robopref.types import Episode
+
+# Most of the tests' time goes into compiling: what one process compiled is there for the others, and for the next time.
+keep_compiled_programs()
 
 REACH = 0.15
 """How far one action moves the point along each axis."""
