@@ -1,4 +1,8 @@
-"""Environments: one file per simulator or task family, each keeping the contract of env.py."""
+"""Environments: one file per simulator or task family, each keeping the contract of env.py.
+
+Here belong simulated tasks, and the scripted behaviours that act in them. Who learns from them is none of their
+business: they import nothing but robopref/ and one another.
+"""
 
 from __future__ import annotations
 
