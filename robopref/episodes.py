@@ -205,16 +205,16 @@ def write_episodes(
         FileExistsError: `path` exists.
         OSError: the parent folder cannot be written to.
     """
-    observation_box = _flat_box(observation_space, "observation", str(path))
-    action_box = _flat_box(action_space, "action", str(path))
+    observation_box = flat_box(observation_space, "observation", str(path))
+    action_box = flat_box(action_space, "action", str(path))
     if not episodes:
         raise ValueError(f"cannot write {path}: there are no episodes to store.")
     state_size = 0 if episodes[0].states is None else int(np.shape(episodes[0].states)[-1])
     for index, episode in enumerate(episodes):
-        problem = _problem(episode, observation_box, action_box, state_size)
+        problem = episode_problem(episode, observation_box, action_box, state_size)
         if problem:
             raise ValueError(f"cannot write {path}: episode {index} {problem}.")
-    env_problem = _json_problem(env)
+    env_problem = json_problem(env)
     if env_problem:
         raise ValueError(f"cannot write {path}: env has no JSON form ({env_problem}).")
 
@@ -270,8 +270,8 @@ def load_episodes(path: str | os.PathLike[str]) -> EpisodeDataset:
         storage = MinariStorage.read(folder)
     except Exception as error:
         raise ValueError(f"{metadata_path} does not describe usable spaces: {error!r}.") from error
-    observation_space = _flat_box(storage.observation_space, "observation", str(metadata_path))
-    action_space = _flat_box(storage.action_space, "action", str(metadata_path))
+    observation_space = flat_box(storage.observation_space, "observation", str(metadata_path))
+    action_space = flat_box(storage.action_space, "action", str(metadata_path))
 
     stored = _read(folder, count, observation_space, action_space)
     content = stored.content
@@ -363,16 +363,21 @@ class _Stored(NamedTuple):
     origins: list[dict[str, str | float]]
 
 
-def _flat_box(space: gymnasium.Space[Any], name: str, place: str) -> gymnasium.spaces.Box:
+def flat_box(space: gymnasium.Space[Any], name: str, place: str) -> gymnasium.spaces.Box:
+    """`space`, which is the `name` space of what is at `place`.
+
+    Raises:
+        ValueError: it is no Box, or has another number of axes than one.
+    """
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
         raise ValueError(f"{place}: the {name} space must be a flat Box (one axis), not {space}.")
     return space
 
 
-def _problem(
+def episode_problem(
     episode: Episode, observation_box: gymnasium.spaces.Box, action_box: gymnasium.spaces.Box, state_size: int
 ) -> str | None:
-    """What keeps an episode from being stored, as the rest of a sentence about it."""
+    """What keeps an episode from being stored, as the rest of a sentence about it; None if nothing does."""
     length = len(episode.actions)
     if length == 0:
         return "has no steps"
@@ -425,11 +430,12 @@ def _provenance_problem(episode: Episode) -> str | None:
             known = False
         if not known:
             return f"has the seed {episode.seed!r}; a seed is an integer from 0 to 2**63 - 1, or None"
-    problem = _json_problem(episode.origin)
+    problem = json_problem(episode.origin)
     return f"has an origin without JSON form ({problem})" if problem else None
 
 
-def _json_problem(value: Mapping[str, Any]) -> str | None:
+def json_problem(value: Mapping[str, Any]) -> str | None:
+    """Why a mapping has no JSON form; None if it has one."""
     try:
         json.dumps(dict(value), allow_nan=False)
     except (TypeError, ValueError) as error:
