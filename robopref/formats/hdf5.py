@@ -2,7 +2,9 @@
 
 HDF5 is a whole file system in a file: an array may lie in another file, be computed from others, or declare a size that
 its few stored bytes inflate to. `ForeignHDF5` gives only what lies in the file itself, and no more at once than a bound
-on memory allows; whatever else a file holds ends in a ValueError of one sentence that names file and place.
+on memory allows; whatever else a file holds ends in a ValueError of one sentence that names file and place. The
+structure of a file is read by the HDF5 library, in this process: a file made to exploit a fault of that library is
+beyond this.
 
 Foreign formats have no place for the bounds of spaces and other things that an `Episode` has. What robopref writes
 keeps them as JSON in an attribute, `NOTES`, which other readers of these formats do not look at.
@@ -92,6 +94,7 @@ class ForeignHDF5:
     def __init__(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
         self.path = Path(path)
         self.max_bytes = max_bytes
+        self._way: list[tuple[str, h5py.Group | h5py.Dataset]] = []
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no file {self.path}.")
         with open(self.path, "rb"):
@@ -261,8 +264,14 @@ class ForeignHDF5:
 
     def _find(self, place: str) -> h5py.Group | h5py.Dataset | None:
         """What is at `place`, over links that stay in the file; None if there is nothing."""
-        node = self._file
-        for name in place.split("/") if place else []:
+        names = place.split("/") if place else []
+        # Most places have the groups on their way in common with the place before: these are not looked up again.
+        known = 0
+        while known < min(len(self._way), len(names) - 1) and self._way[known][0] == names[known]:
+            known += 1
+        del self._way[known:]
+        node = self._way[-1][1] if self._way else self._file
+        for name in names[known:]:
             if not isinstance(node, h5py.Group):
                 return None
             with self._reading(place):
@@ -273,6 +282,7 @@ class ForeignHDF5:
                 raise ValueError(f"{self._named(place)} is a link that leads elsewhere, which is not followed.")
             with self._reading(place):
                 node = node[name]
+            self._way.append((name, node))
         return node
 
     def _found(self, place: str) -> h5py.Group | h5py.Dataset:
