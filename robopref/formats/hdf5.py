@@ -4,7 +4,7 @@ HDF5 is a whole file system in a file: an array may lie in another file, be comp
 its few stored bytes inflate to. `ForeignHDF5` gives only what lies in the file itself, and no more at once than a bound
 on memory allows; whatever else a file holds ends in a ValueError of one sentence that names file and place. The
 structure of a file is read by the HDF5 library, in this process: a file made to exploit a fault of that library is
-beyond this.
+beyond this, and for a text whose length is damaged the library sets aside up to 4 GiB for a moment before it refuses.
 
 Foreign formats have no place for the bounds of spaces and other things that an `Episode` has. What robopref writes
 keeps them as JSON in an attribute, `NOTES`, which other readers of these formats do not look at.
