@@ -12,7 +12,8 @@ import pyarrow as pa
 from jaxtyping import Float, Int
 
 from robopref.formats.lerobot import layout
-from robopref.formats.lerobot.layout import Feature, Rows
+from robopref.formats.lerobot.layout import Feature
+from robopref.formats.lerobot.parquet import ParquetTable, Rows, column, to_numpy
 
 
 class EpisodeIndex(Protocol):
@@ -178,20 +179,20 @@ def _read_tasks_2(root: Path) -> dict[int, str]:
 
 def _read_tasks_3(root: Path) -> dict[int, str]:
     path = layout.inside(root, layout.TASKS_3)
-    file = layout.open_parquet(path)
-    texts = [field.name for field in file.schema_arrow if _is_text(field.type)]
-    if len(texts) != 1 or file.metadata.num_rows > layout.MAX_EPISODES:
+    file = ParquetTable(path)
+    texts = [field.name for field in file.fields if _is_text(field.type)]
+    if len(texts) != 1 or not 1 <= file.num_rows <= layout.MAX_EPISODES:
         raise ValueError(f"{path} is no list of tasks, with one column of text beside 'task_index'.")
     tasks: dict[int, str] = {}
     length = 0
-    rows = Rows(path, 0, file.metadata.num_rows)
+    rows = Rows(path, 0, file.num_rows)
     index = Feature("task_index", "int64", (1,))
     # Pandas keeps the text as the index of its table, under a name of its own making. A row at a time, as a file can
     # repeat one long text without growing.
     columns = ["task_index", texts[0]]
-    for batch in layout.read_batches(file, rows, columns, {"task_index": 1}, batch_size=1, most=layout.MAX_JSON):
-        text = layout.column(batch, texts[0])[0].as_py()
-        number = int(layout.to_numpy(layout.column(batch, "task_index"), index, path)[0, 0])
+    for batch in file.batches(rows, columns, {"task_index": 1}, batch_size=1, most=layout.MAX_JSON):
+        text = column(batch, texts[0])[0].as_py()
+        number = int(to_numpy(column(batch, "task_index"), index, path)[0, 0])
         length += len(text or "")
         if text is None or length > layout.MAX_JSON:
             raise ValueError(f"{path} has a task without text." if text is None else f"{path} has too much text.")
@@ -212,14 +213,14 @@ def _read_table(root: Path, folder: str, types: Mapping[str, str]) -> dict[str, 
     count = 0
     for path in paths:
         path = layout.inside(root, str(path.relative_to(root)))
-        file = layout.open_parquet(path)
-        count += file.metadata.num_rows
+        file = ParquetTable(path)
+        count += file.num_rows
         if count > layout.MAX_EPISODES:
             raise ValueError(f"{path} brings the number of episodes to {count}, which is too many.")
-        rows = Rows(path, 0, file.metadata.num_rows)
-        for batch in layout.read_batches(file, rows, list(types), dict.fromkeys(types, 1)):
+        rows = Rows(path, 0, file.num_rows)
+        for batch in file.batches(rows, list(types), dict.fromkeys(types, 1)) if file.num_rows else ():
             for name, dtype in types.items():
-                values = layout.to_numpy(layout.column(batch, name), Feature(name, dtype, (1,)), path)
+                values = to_numpy(column(batch, name), Feature(name, dtype, (1,)), path)
                 parts[name].append(values.ravel())
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 

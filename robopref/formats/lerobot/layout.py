@@ -1,8 +1,7 @@
 """Where a LeRobot dataset keeps what, and how its files are opened: within its folder, within limits, or not at all.
 
 A dataset comes from strangers. Whatever is wrong with it is a `ValueError` in one sentence, before much memory is
-taken: paths are expanded and followed only inside the folder, and sizes are taken from the headers of files and
-compared with what the dataset says of itself before anything is decoded.
+taken: paths are expanded and followed only inside the folder, and JSON is read within limits.
 """
 
 from __future__ import annotations
@@ -10,16 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from typing import Any
 
 V20, V21, V30 = "v2.0", "v2.1", "v3.0"
 
@@ -50,9 +43,9 @@ BOOKKEEPING = {
 MAX_JSON = 64 * 2**20
 MAX_LINE = 16 * 2**20
 MAX_EPISODES = 2**22
-MAX_ROWS_BYTES = 2**31
-"""Bytes to which one column of a row group may unpack."""
 MAX_SIDE = 2**14
+MAX_SIZE = 2**31
+"""Numbers in one frame of a feature."""
 
 _TEMPLATE = re.compile(r"(?:[^{}]|\{\w+(?::0\dd)?\})*")
 _FIELD = re.compile(r"\{(\w+)(?::0(\d)d)?\}")
@@ -92,15 +85,6 @@ NUMBERS = {
 }
 
 
-class Rows(NamedTuple):
-    """Where the frames of an episode lie: rows [begin, end) of a Parquet file, or all that it has."""
-
-    path: Path
-    begin: int
-    end: int
-    all: bool = False
-
-
 def parse_features(info: Mapping[str, Any], place: Path) -> dict[str, Feature]:
     """The features that `info.json` lists, in its order.
 
@@ -114,7 +98,7 @@ def parse_features(info: Mapping[str, Any], place: Path) -> dict[str, Feature]:
 
 
 def _parse_feature(name: str, entry: Any, place: Path) -> Feature:
-    if not name or "/" in name or "\0" in name or name in (".", ".."):
+    if not name or "/" in name or "\0" in name:
         raise ValueError(f"{place} has a feature called {name[:80]!r}; a name must not be empty nor contain a slash.")
     dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
     whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
@@ -123,7 +107,7 @@ def _parse_feature(name: str, entry: Any, place: Path) -> Feature:
     feature = Feature(name, dtype, tuple(shape) or (1,))
     if feature.is_camera:
         return _parse_camera(feature, entry.get("names"), place)
-    if feature.size > MAX_ROWS_BYTES:
+    if feature.size > MAX_SIZE:
         raise ValueError(f"{place} gives the feature {name!r} the shape {shape}, which is too large to be true.")
     return feature
 
@@ -228,146 +212,3 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if line.strip():
                 yield begin, parse_json(line, f"{path}, line {number}")
             begin += len(line)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns whatever Arrow says of a damaged file into one sentence."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, MemoryError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ValueError(f"{path} is damaged or not a Parquet file ({reason}).") from error
-
-
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """The file, of which only the footer is read.
-
-    Raises:
-        ValueError: it is damaged or no Parquet file.
-    """
-    with reading(path):
-        return pq.ParquetFile(pa.OSFile(str(path), "rb"))
-
-
-def read_batches(
-    file: pq.ParquetFile,
-    rows: Rows,
-    columns: Sequence[str],
-    sizes: Mapping[str, int],
-    *,
-    batch_size: int = 4096,
-    most: int = MAX_ROWS_BYTES,
-) -> Iterator[pa.RecordBatch]:
-    """The columns of some rows, a batch at a time; only the row groups that hold such rows are read.
-
-    Args:
-        sizes: the numbers in one row of a column, where it is known; checked before the column is decoded.
-        most: bytes to which a column of one row group may unpack.
-
-    Raises:
-        ValueError: the file is damaged, lacks rows or columns, or a column takes too much memory.
-    """
-    path, count = rows.path, file.metadata.num_rows
-    if rows.begin == rows.end == count:
-        return
-    if not 0 <= rows.begin < rows.end <= count or (rows.all and rows.end < count):
-        raise ValueError(
-            f"{path} has {count} rows where the rows {rows.begin} to {rows.end - 1} are needed; restore the dataset's "
-            "files from the same place."
-        )
-    groups: list[int] = []
-    first = passed = 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if passed + count > rows.begin and passed < rows.end:
-            first = first if groups else passed
-            groups.append(group)
-            _check_group(file, path, group, columns, sizes, most)
-        passed += count
-    with reading(path):
-        begin = first
-        for batch in file.iter_batches(batch_size, row_groups=groups, columns=list(columns), use_threads=False):
-            low, high = max(rows.begin - begin, 0), min(rows.end - begin, len(batch))
-            if low < high:
-                yield batch.slice(low, high - low)
-            begin += len(batch)
-            if begin >= rows.end:
-                return
-    raise ValueError(f"{path} is damaged: it ends before row {rows.end - 1}.")
-
-
-def _check_group(
-    file: pq.ParquetFile, path: Path, group: int, columns: Sequence[str], sizes: Mapping[str, int], most: int
-) -> None:
-    metadata, leaf = file.metadata.row_group(group), 0
-    fields = list(file.schema_arrow)
-    names = [field.name for field in fields]
-    for name in columns:
-        if names.count(name) != 1:
-            raise ValueError(f"{path} {'lacks' if name not in names else 'repeats'} the column {name!r}.")
-    # Arrow takes the name of a column for a path, and reads what lies below it too.
-    prefixes = tuple(f"{name}." for name in columns)
-    for field in fields:
-        leaves = _num_leaves(field.type)
-        for index in range(leaf, leaf + leaves) if f"{field.name}.".startswith(prefixes) else ():
-            column, expected = metadata.column(index), metadata.num_rows * sizes.get(field.name, 0)
-            if column.total_uncompressed_size > most:
-                raise ValueError(
-                    f"{path}: the column {field.name!r} unpacks to {column.total_uncompressed_size} bytes in one row "
-                    "group, which is too much to be read."
-                )
-            if expected and column.num_values != expected:
-                raise ValueError(
-                    f"{path}: the column {field.name!r} has {column.num_values} values in {metadata.num_rows} rows, "
-                    f"where {expected} are needed."
-                )
-        leaf += leaves
-
-
-def _num_leaves(kind: pa.DataType) -> int:
-    """Columns that a type takes in Parquet."""
-    if isinstance(kind, pa.BaseExtensionType):
-        return _num_leaves(kind.storage_type)
-    return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if kind.num_fields else 1
-
-
-def to_numpy(values: pa.Array, feature: Feature, path: Path) -> np.ndarray:
-    """A column as an array [rows, *shape] of the feature's type.
-
-    Raises:
-        ValueError: it has gaps, rows of different lengths, or no numbers.
-    """
-    rows = len(values)
-    with reading(path):
-        values = _flat(values, feature, path)
-        kind = values.type
-        numbers = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-        if not numbers or len(values) != rows * feature.size:
-            raise ValueError(
-                f"{path}: the column {feature.name!r} has {len(values)} values of type {kind} in {rows} rows, where "
-                f"{feature.dtype} {list(feature.shape)} is needed in each."
-            )
-        # What info.json says of a column holds: other writers leave the types of columns to chance.
-        array: np.ndarray = values.to_numpy(zero_copy_only=False).astype(feature.dtype, copy=False)
-        return array.reshape(rows, *feature.shape)
-
-
-def _flat(values: pa.Array, feature: Feature, path: Path) -> pa.Array:
-    """The numbers in lists of lists, all of one length."""
-    while True:
-        values = values.storage if isinstance(values, pa.ExtensionArray) else values
-        if values.null_count:
-            raise ValueError(f"{path}: the column {feature.name!r} has gaps.")
-        if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-            lengths = pc.min_max(pc.list_value_length(values)).as_py()
-            if lengths["min"] != lengths["max"]:
-                raise ValueError(f"{path}: the rows of the column {feature.name!r} differ in length.")
-        elif not pa.types.is_fixed_size_list(values.type):
-            return values
-        values = values.flatten()
-
-
-def column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    """A column by its name, whatever Arrow read beside it."""
-    return batch.column(batch.schema.get_field_index(name))

@@ -14,7 +14,6 @@ from typing import Any, Self
 
 import gymnasium
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
@@ -30,6 +29,7 @@ from robopref.formats.lerobot.index import (
     stats_bounds,
 )
 from robopref.formats.lerobot.layout import Feature
+from robopref.formats.lerobot.parquet import ParquetTable, column, to_numpy
 from robopref.formats.lerobot.video import read_frames
 from robopref.types import Episode
 
@@ -100,7 +100,7 @@ class LeRobotSource:
         self.observation_space, self.action_space = self._spaces(place)
         self._infos = self._choose_infos()
         self._columns = self._choose_columns(place)
-        self._file: tuple[Path, pq.ParquetFile] | None = None
+        self._file: tuple[Path, ParquetTable] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -116,7 +116,7 @@ class LeRobotSource:
     def close(self) -> None:
         """Closes the file that was read last; the source can still be used."""
         if self._file is not None:
-            self._file[1].close(force=True)
+            self._file[1].close()
             self._file = None
 
     def episode(self, index: int) -> Episode:
@@ -216,10 +216,10 @@ class LeRobotSource:
         optional = [name for name in (*_ENDS, STATE) if name in self._features and self._features[name].is_numeric]
         return [*bookkeeping, *self.keys, "action", *optional, *self._infos.values()]
 
-    def _open(self, path: Path) -> pq.ParquetFile:
+    def _open(self, path: Path) -> ParquetTable:
         if self._file is None or self._file[0] != path:
             self.close()
-            self._file = path, layout.open_parquet(path)
+            self._file = path, ParquetTable(path)
         return self._file[1]
 
     def _frames_table(self, index: int, columns: Sequence[str]) -> dict[str, np.ndarray]:
@@ -235,9 +235,9 @@ class LeRobotSource:
         file = self._open(rows.path)
         sizes = {each.name: each.size for each in features}
         parts: dict[str, list[np.ndarray]] = {name: [] for name in columns}
-        for batch in layout.read_batches(file, rows, columns, sizes):
+        for batch in file.batches(rows, columns, sizes):
             for each in features:
-                parts[each.name].append(layout.to_numpy(layout.column(batch, each.name), each, rows.path))
+                parts[each.name].append(to_numpy(column(batch, each.name), each, rows.path))
         table = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         if (table.get("episode_index", np.array(index)) != index).any():
             raise ValueError(f"{rows.path} has frames of another episode in its place; restore the dataset's files.")
@@ -316,9 +316,9 @@ class LeRobotSource:
         rows = self._index.rows(index)
         images = np.empty((int(self.lengths[index]) + 1, *self.cameras[feature.name]), np.uint8)
         # One row at a time: nothing says how large an image is before it is there.
-        batches = layout.read_batches(self._open(rows.path), rows, [feature.name], {}, batch_size=1)
+        batches = self._open(rows.path).batches(rows, [feature.name], {}, batch_size=1)
         for step, batch in enumerate(batches):
-            images[step] = _decode_image(layout.column(batch, feature.name)[0].as_py(), feature, rows.path)
+            images[step] = _decode_image(column(batch, feature.name)[0].as_py(), feature, rows.path)
         images[-1] = images[-2]
         return images
 

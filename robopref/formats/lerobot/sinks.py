@@ -84,7 +84,7 @@ class Sink2:
         place = {"episode_chunk": rows.index // layout.CHUNK_SIZE, "episode_index": rows.index}
         path = self._folder / layout.DATA_2.format(**place)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(_table(rows, self._videos, "frame_{:06d}.png"), path)
+        pq.write_table(_table(rows, self._videos, "frame_{:06d}.png"), path, write_page_checksum=True)
         for camera in self._videos:
             path = self._folder / layout.VIDEO_2.format(**place, video_key=camera)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class Sink3:
         self._lists.close()
         for shards in self._films.values():
             shards.close()
-        pq.write_table(_task_table(tasks), self._folder / layout.TASKS_3)
+        pq.write_table(_task_table(tasks), self._folder / layout.TASKS_3, write_page_checksum=True)
         path = self._folder / layout.STATS
         path.write_text(json.dumps(_as_lists(self._totals), indent=4, ensure_ascii=False), encoding="utf-8")
         return {
@@ -270,7 +270,11 @@ class _Table:
 
     def __init__(self, path: Path, schema: pa.Schema | None = None) -> None:
         self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pq.ParquetWriter(self._sink, schema, compression="snappy") if schema is not None else None
+        self._writer = (
+            pq.ParquetWriter(self._sink, schema, compression="snappy", write_page_checksum=True)
+            if schema is not None
+            else None
+        )
 
     @property
     def size(self) -> int:
@@ -278,7 +282,7 @@ class _Table:
 
     def add(self, table: pa.Table) -> None:
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._sink, table.schema, compression="snappy")
+            self._writer = pq.ParquetWriter(self._sink, table.schema, compression="snappy", write_page_checksum=True)
         self._writer.write_table(table.cast(self._writer.schema))
 
     def close(self) -> None:

@@ -26,9 +26,11 @@ def vector_stats(values: Shaped[np.ndarray, "T ..."], *, quantiles: bool) -> dic
     """Statistics of a feature over the frames of an episode; arrays of the feature's shape."""
     flat = values.reshape(len(values), -1)
     exact = flat.astype(np.float64)
-    stats = {"min": flat.min(axis=0), "max": flat.max(axis=0), "mean": exact.mean(axis=0), "std": exact.std(axis=0)}
-    if quantiles:
-        stats |= dict(zip(QUANTILES, np.quantile(exact, list(QUANTILES.values()), axis=0), strict=True))
+    # Infinite numbers have no mean, which the statistics then say.
+    with np.errstate(invalid="ignore", over="ignore"):
+        stats = {"min": flat.min(axis=0), "max": flat.max(axis=0), "mean": exact.mean(axis=0), "std": exact.std(axis=0)}
+        if quantiles:
+            stats |= dict(zip(QUANTILES, np.quantile(exact, list(QUANTILES.values()), axis=0), strict=True))
     return stats | {"count": np.array([len(values)])}
 
 
@@ -60,9 +62,10 @@ def merged(first: Stats, second: Stats) -> dict[str, np.ndarray]:
         value: np.ndarray = first[name] * shares[0] + second[name] * shares[1]
         return value
 
-    mean = average("mean")
-    # The variance within plus that between: exact whatever the counts.
-    variances = [each["std"] ** 2 + (each["mean"] - mean) ** 2 for each in (first, second)]
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean = average("mean")
+        # The variance within plus that between: exact whatever the counts.
+        variances = [each["std"] ** 2 + (each["mean"] - mean) ** 2 for each in (first, second)]
     return {
         "min": np.minimum(first["min"], second["min"]),
         "max": np.maximum(first["max"], second["max"]),

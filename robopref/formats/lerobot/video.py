@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from jaxtyping import Float, UInt8
 CODECS = {
     "libsvtav1": ("av1", {"g": "2", "crf": "30", "preset": "12"}),
     "h264": ("h264", {"g": "2", "crf": "30"}),
-    "hevc": ("hevc", {"g": "2", "crf": "30"}),
 }
-"""Encoder, as LeRobot names it, to the name of what it makes and its options."""
+"""Encoder, as LeRobot names it, to the name of what it makes and its options. LeRobot's third, hevc, is left out: x265
+ends the process now and then when its encoder is freed."""
 
 PIXEL_FORMAT = "yuv420p"
 
@@ -71,6 +71,9 @@ class VideoFile:
 
     def abandon(self) -> None:
         """Gives up the file, which is then of no use."""
+        # SVT-AV1 complains of an encoder that is freed before its end.
+        with suppress(av.FFmpegError):
+            self._stream.encode(None)
         self._container.close()
 
     def add(self, frames: UInt8[np.ndarray, "T H W 3"]) -> None:
@@ -105,13 +108,13 @@ def read_frames(
     images = np.empty((len(times), height, width, 3), np.uint8)
     found = 0
     with _decoding(path), open(path, "rb") as file, av.open(file, "r", format="mp4") as container:
-        if not container.streams.video:
-            raise ValueError(f"{path} has no pictures.")
-        stream = container.streams.video[0]
-        stream.codec_context.options = {"max_pixels": str((height + _PADDING) * (width + _PADDING))}
-        _check_size(path, stream.codec_context, (height, width))
-        if stream.time_base is None:
-            raise ValueError(f"{path} is damaged: it has no time base.")
+        stream = container.streams.video[0] if container.streams.video else None
+        # PyAV's types do not know of streams whose codec it does not.
+        codec: Any = stream.codec_context if stream is not None else None
+        if stream is None or codec is None or stream.time_base is None:
+            raise ValueError(f"{path} is damaged: it has no pictures that can be decoded.")
+        codec.options = {"max_pixels": str((height + _PADDING) * (width + _PADDING))}
+        _check_size(path, codec, (height, width))
         start = max(float(times[order[0]]) - tolerance, 0.0)
         container.seek(int(start / stream.time_base), stream=stream)
         for frame in container.decode(stream):
@@ -141,7 +144,7 @@ def _check_size(path: Path, sized: Any, size: tuple[int, int]) -> None:
 def _decoding(path: Path) -> Iterator[None]:
     try:
         yield
-    except (av.FFmpegError, MemoryError, OverflowError) as error:
+    except (av.FFmpegError, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise ValueError(f"{path} is damaged or not an MP4 file ({reason}).") from error
 

@@ -71,7 +71,7 @@ def write_lerobot(
         task: what the robot is to do, for episodes whose origin does not say so as "task".
         robot_type: the robot's name, as LeRobot knows it.
         images: keep the frames as PNG images, without loss, instead of as videos.
-        codec: of videos: "libsvtav1" (LeRobot's own choice), "h264" or "hevc".
+        codec: of videos: "libsvtav1", which is LeRobot's own choice, or "h264".
 
     Raises:
         ValueError: an argument or an episode cannot be stored; the message names the episode by its index.
@@ -165,7 +165,7 @@ def _plan(
     if type(fps) is not int or not 1 <= fps <= 1000:
         raise ValueError(f"fps is {fps!r}, and must be a whole number from 1 to 1000, as LeRobot has it")
     if codec not in CODECS:
-        raise ValueError(f"{codec!r} is no codec of LeRobot's; choose {', '.join(CODECS)}")
+        raise ValueError(f"{codec!r} is no codec that is written; choose {' or '.join(CODECS)}")
     observed, acted = (box.shape[0] for box in boxes)
     sizes = {"state": observed} if keys is None else keys
     if min(sizes.values(), default=0) < 1 or sum(sizes.values()) != observed:
