@@ -10,10 +10,12 @@ import argparse
 import difflib
 import functools
 import importlib
+import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from robopref.checks import Check
     from robopref.episodes import EpisodeDataset
     from robopref.evaluation import Interval
+    from robopref.types import EpisodeSource
 
 STATUS_BAD = 1
 """Something that was looked at is not as it should be."""
@@ -28,6 +31,10 @@ STATUS_ERROR = 2
 """The command could not be carried out."""
 STATUS_INTERRUPTED = 130
 
+FORMATS = ("robopref", "robomimic", "d4rl", "lerobot")
+"""Those of robopref/conversion.py, which takes a moment to import."""
+
+_FORMAT = ", ".join(FORMATS)
 _LABEL_FIT = "label fit"
 _VALUES = "V of each row of the dataset's observations, as numpy.save writes it"
 
@@ -100,15 +107,52 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the same as JSON")
     doctor.set_defaults(run=_doctor)
 
-    data = commands.add_parser("data", help="look at, check and collect episodes")
+    data = commands.add_parser("data", help="look at, check, convert, split, film and collect episodes")
     data_commands = data.add_subparsers(dest="data command", metavar="COMMAND", required=True)
 
-    info = data_commands.add_parser("info", parents=[common], help="summarise a dataset of episodes")
-    info.add_argument("path", type=Path, metavar="PATH", help="the dataset's folder")
+    reading = _Parser(add_help=False)
+    reading.add_argument("path", type=Path, metavar="PATH", help="a dataset of episodes: a folder, or an HDF5 file")
+    reading.add_argument("--from", dest="format", choices=FORMATS, metavar="FORMAT", help=f"{_FORMAT} (default: seen)")
+    reading.add_argument("--keys", type=_names, metavar="A[,B...]", help="parts of an observation to join, in order")
+    reading.add_argument("--cut-off", type=_positive, metavar="STEPS", help="for D4RL files without timeouts")
+    writing = _Parser(add_help=False)
+    writing.add_argument(
+        "--to", choices=FORMATS, default="robopref", metavar="FORMAT", help=f"{_FORMAT} (default: its own)"
+    )
+    writing.add_argument("--fps", type=_positive, help="frames per second, which lerobot needs")
+    writing.add_argument("--task", help="what the robot is to do, in words, for lerobot (default: the description)")
+    writing.add_argument("--without-images", action="store_true", help="leave out what cameras saw")
+
+    info = data_commands.add_parser("info", parents=[common, reading], help="summarise a dataset of episodes")
     info.set_defaults(run=_data_info)
 
-    check = data_commands.add_parser("check", parents=[common], help="find what would spoil training on a dataset")
-    check.add_argument("path", type=Path, metavar="PATH", help="the dataset's folder")
+    stats = data_commands.add_parser("stats", parents=[common, reading], help="say how each number is distributed")
+    stats.add_argument("--json", action="store_true", help="print the same as JSON")
+    stats.set_defaults(run=_data_stats)
+
+    convert = data_commands.add_parser("convert", parents=[common, reading, writing], help="write it in another format")
+    convert.add_argument("out", type=Path, metavar="OUT", help="what to write, which must not exist yet")
+    convert.add_argument("--split", metavar="NAME", help="only the episodes of this split")
+    convert.set_defaults(run=_data_convert)
+
+    split = data_commands.add_parser(
+        "split", parents=[common, reading, writing], help="part a dataset, by episodes, into train and held-out"
+    )
+    split.add_argument("out", type=Path, metavar="OUT", help="the folder for both parts, which must not exist yet")
+    split.add_argument("--held-out", type=float, default=0.1, help="share of the episodes (default: %(default)s)")
+    split.add_argument("--seed", type=_natural, default=0, help="which episodes it is (default: %(default)s)")
+    split.set_defaults(run=_data_split)
+
+    film = data_commands.add_parser("film", parents=[common, reading], help="film an episode")
+    film.add_argument("out", type=Path, metavar="OUT", help="the video to write, such as episode.mp4")
+    film.add_argument("--episode", type=_natural, default=0, help="which (default: %(default)s)")
+    film.add_argument("--camera", metavar="NAME", help="which, where several were recorded (default: the first)")
+    film.add_argument("--fps", type=_positive, default=20, help="frames per second (default: %(default)s)")
+    film.set_defaults(run=_data_film)
+
+    check = data_commands.add_parser(
+        "check", parents=[common, reading], help="find what would spoil training on a dataset"
+    )
     check.add_argument("--length", type=_positive, default=64, help="steps of a segment (default: %(default)s)")
     check.add_argument("--json", action="store_true", help="print the same as JSON")
     check.set_defaults(run=_data_check)
@@ -182,17 +226,125 @@ def _doctor(options: argparse.Namespace) -> int:
 def _data_info(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    dataset = _load(options.path)
     console = Console(highlight=False)
-    console.print(_facts(dataset))
-    console.print(_behaviours(dataset))
+    with _opened(options) as source, _dataset(options, source) as dataset:
+        console.print(_facts(dataset, source, options.path))
+        console.print(_behaviours(dataset))
     return 0
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from robopref.dataset_checks import dataset_checks
+    from robopref.dataset_checks import dataset_checks, read_timestamps
 
-    return _show(dataset_checks(_load(options.path), options.length), as_json=options.json)
+    with _opened(options) as source, _dataset(options, source) as dataset:
+        return _show(dataset_checks(dataset, options.length, read_timestamps(dataset)), as_json=options.json)
+
+
+def _data_stats(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from robopref.dataset_checks import dataset_statistics
+
+    with _opened(options) as source, _dataset(options, source) as dataset:
+        statistics = dataset_statistics(dataset)
+    if options.json:
+        print(json.dumps(statistics, indent=2))
+    else:
+        Console(highlight=False).print(_statistics(statistics))
+    return 0
+
+
+def _data_convert(options: argparse.Namespace) -> int:
+    _check_output(options.out)
+    with _opened(options) as source:
+        chosen = None
+        if options.split is not None:
+            if options.split not in source.splits:
+                known = _nearest(options.split, list(source.splits)) if source.splits else "; it has none"
+                raise ValueError(f"{options.path} has no split {options.split!r}{known}")
+            chosen = source.splits[options.split]
+        _convert(options, source, options.out, chosen)
+        print(f"{options.out}: {len(source) if chosen is None else len(chosen)} episodes")
+    return 0
+
+
+def _data_split(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from robopref.files import atomic_folder
+
+    _check_output(options.out)
+    with _opened(options) as source:
+        held_out = round(options.held_out * len(source))
+        if not 0 < held_out < len(source):
+            raise ValueError(
+                f"--held-out {options.held_out:g} of {len(source)} episodes leaves nothing to one of both parts"
+            )
+        order = np.random.default_rng(options.seed).permutation(len(source))
+        suffix = ".hdf5" if options.to in ("robomimic", "d4rl") else ""
+        with atomic_folder(options.out) as folder:
+            for name, part in (("held-out", order[:held_out]), ("train", order[held_out:])):
+                _convert(options, source, folder / f"{name}{suffix}", np.sort(part))
+    for name, count in (("held-out", held_out), ("train", len(order) - held_out)):
+        print(f"{options.out / name}{suffix}: {count} episodes")
+    return 0
+
+
+def _convert(options: argparse.Namespace, source: EpisodeSource, out: Path, chosen: Any) -> None:
+    from robopref.conversion import convert
+    from robopref.progress import progress_bar
+
+    env = None
+    if options.to == "robomimic" and str(source.env.get("name", "")).startswith("robosuite/"):
+        # robomimic makes its environments from arguments of its own.
+        env = _checkout_module("envs.robosuite").to_env_args(source.env)
+    with progress_bar(out.name) as progress:
+        convert(
+            source,
+            out,
+            options.to,
+            indices=chosen,
+            images=not options.without_images,
+            fps=options.fps,
+            task=options.task,
+            env=env,
+            progress=progress,
+        )
+
+
+def _data_film(options: argparse.Namespace) -> int:
+    from robopref.video import write_video
+
+    _check_output(options.out)
+    with _opened(options) as source:
+        if not 0 <= options.episode < len(source):
+            raise ValueError(f"there is no episode {options.episode}; {options.path} has 0 to {len(source) - 1}")
+        if source.cameras:
+            camera = options.camera or next(iter(source.cameras))
+            if camera not in source.cameras:
+                raise ValueError(f"there is no camera {camera!r}{_nearest(camera, list(source.cameras))}")
+            frames = list(source.frames(options.episode, camera))
+        else:
+            frames = _rendered(source, options)
+    write_video(options.out, frames, options.fps)
+    print(f"{options.out}: {len(frames)} frames of episode {options.episode}")
+    return 0
+
+
+def _rendered(source: EpisodeSource, options: argparse.Namespace) -> list[Any]:
+    """What the environment that made the episodes shows of the states of one of them."""
+    states = source.episode(options.episode).states
+    if states is None:
+        raise ValueError(f"{options.path} keeps neither images nor simulator states, so there is nothing to film")
+    env = _checkout_module("envs").make(source.env)
+    try:
+        frames = []
+        for state in states:
+            env.set_state(state)
+            frames.append(env.render())
+        return frames
+    finally:
+        env.close()
 
 
 def _data_collect(options: argparse.Namespace) -> int:
@@ -324,6 +476,29 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _opened(options: argparse.Namespace) -> EpisodeSource:
+    with _waiting(f"reading {options.path}"):
+        from robopref.conversion import open_episodes
+
+        return open_episodes(options.path, options.format, keys=options.keys, horizon=options.cut_off)
+
+
+@contextmanager
+def _dataset(options: argparse.Namespace, source: EpisodeSource) -> Iterator[EpisodeDataset]:
+    """The vectors of a dataset of any format; what comes from elsewhere is converted for as long as it is looked at."""
+    from robopref.conversion import StoredEpisodes, convert
+    from robopref.episodes import load_episodes
+
+    if isinstance(source, StoredEpisodes):
+        yield source.dataset
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with _waiting(f"reading {options.path}"):
+            convert(source, Path(folder) / "episodes", "robopref", images=False)
+            dataset = load_episodes(Path(folder) / "episodes")
+        yield dataset
+
+
 def _load(path: Path) -> EpisodeDataset:
     with _waiting(f"reading {path}"):
         from robopref.episodes import load_episodes
@@ -353,7 +528,20 @@ def _show(found: Iterable[Check], *, as_json: bool) -> int:
     return STATUS_BAD if any(check.fatal for check in checks) else 0
 
 
-def _facts(dataset: EpisodeDataset) -> Any:
+def _statistics(statistics: Sequence[Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(pad_edge=False)
+    table.add_column("numbers")
+    names = [name for name in statistics[0] if name != "numbers"]
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in statistics:
+        table.add_row(row["numbers"], *(f"{row[name]:.4g}" for name in names))
+    return table
+
+
+def _facts(dataset: EpisodeDataset, source: EpisodeSource, path: Path) -> Any:
     import numpy as np
     from rich.table import Table
 
@@ -362,15 +550,22 @@ def _facts(dataset: EpisodeDataset) -> Any:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     env = dict(dataset.env)
-    name = env.pop("name", "unknown")
+    name = env.pop("name", None) or env.pop("env_name", "unknown")
+    foreign = source.cameras or len(source.keys) > 1 or source.splits
+    parts = {
+        "parts": ", ".join(f"{key} [{size}]" for key, size in source.keys.items()),
+        "cameras": ", ".join(f"{camera} {list(shape)}" for camera, shape in source.cameras.items()),
+        "splits": ", ".join(f"{split}: {len(members)}" for split, members in source.splits.items()),
+    }
     settings = ", ".join(f"{key} {value}" for key, value in env.items())
     for fact, text in {
-        "path": str(dataset.path),
+        "path": str(path),
         "description": dataset.description,
         "env": f"{name} ({settings})" if settings else str(name),
         "episodes": f"{len(dataset)}, of {lengths.min()} to {lengths.max()} steps",
         "steps": str(dataset.total_steps),
         "observations": _space(dataset.observation_space),
+        **(parts if foreign else {}),
         "actions": _space(dataset.action_space),
         "states": f"{dataset.state_size} numbers per step" if dataset.state_size else "not kept",
         "returns": "{:.4g} to {:.4g}, quartiles {:.4g}, {:.4g}, {:.4g}".format(
@@ -504,6 +699,10 @@ def _behaviour_names(text: str) -> list[str]:
         if name not in BEHAVIOURS:
             raise argparse.ArgumentTypeError(f"there is no behaviour {name!r}{_nearest(name, list(BEHAVIOURS))}")
     return names
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _positive(text: str) -> int:

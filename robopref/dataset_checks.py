@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 
 from robopref.checks import Check
 from robopref.episodes import EpisodeDataset
 
 
-def dataset_checks(dataset: EpisodeDataset, length: int) -> list[Check]:
-    """What in a dataset would spoil training on segments of `length` steps."""
+def dataset_checks(
+    dataset: EpisodeDataset, length: int, timestamps: Mapping[int, np.ndarray] = MappingProxyType({})
+) -> list[Check]:
+    """What in a dataset would spoil training on segments of `length` steps.
+
+    Args:
+        dataset: the episodes.
+        length: steps of a segment.
+        timestamps: seconds at the rows of those episodes that keep them (`read_timestamps`).
+    """
     if length < 1:
         raise ValueError(f"a segment has at least 1 step, not {length}.")
     finite = check_finite(dataset)
@@ -24,6 +35,39 @@ def dataset_checks(dataset: EpisodeDataset, length: int) -> list[Check]:
         check_ends(dataset),
         check_lengths(dataset, length),
         check_rewards(dataset),
+        *([check_timestamps(timestamps)] if timestamps else []),
+    ]
+
+
+def read_timestamps(dataset: EpisodeDataset) -> dict[int, np.ndarray]:
+    """`infos["timestamp"]` of every episode that has it, as recordings of rigs do."""
+    infos = ((index, dataset.episode(index).infos) for index in range(len(dataset)))
+    return {index: np.asarray(each["timestamp"], float).ravel() for index, each in infos if "timestamp" in each}
+
+
+def dataset_statistics(dataset: EpisodeDataset) -> list[dict[str, str | float]]:
+    """Mean, deviation and extremes of each dimension of observations and actions, of rewards, returns and lengths.
+
+    Observations are called by their parts.
+    """
+    acted = _acted(dataset)
+    columns: dict[str, np.ndarray] = {}
+    for name, size in dataset.keys.items():
+        begin = len(columns)
+        for place in range(size):
+            columns[f"{name}[{place}]" if size > 1 else name] = dataset.observations[:, begin + place]
+    for place in range(dataset.actions.shape[1]):
+        columns[f"action[{place}]"] = dataset.actions[acted, place]
+    columns |= {"reward": dataset.rewards[acted], "return": dataset.returns, "length": dataset.lengths}
+    return [
+        {
+            "numbers": name,
+            "mean": float(np.mean(values, dtype=np.float64)),
+            "std": float(np.std(values, dtype=np.float64)),
+            "min": float(np.min(values)),
+            "max": float(np.max(values)),
+        }
+        for name, values in columns.items()
     ]
 
 
@@ -173,6 +217,30 @@ def check_rewards(dataset: EpisodeDataset) -> Check:
             required=False,
         )
     return Check("rewards", True, "Rewards vary.", required=False)
+
+
+def check_timestamps(timestamps: Mapping[int, np.ndarray]) -> Check:
+    """Whether time goes on evenly: a frame that was dropped or came twice makes one step longer or shorter.
+
+    The row after the last action may have been repeated, and its time with it; it does not count.
+    """
+    name = "time stamps"
+    gaps = {index: np.diff(times[:-1]) for index, times in timestamps.items()}
+    usual = float(np.median(np.concatenate([*gaps.values(), np.zeros(0)]))) if gaps else 0.0
+    jumps = {index: np.flatnonzero(~(np.abs(each - usual) < 0.5 * usual)) for index, each in gaps.items()}
+    wrong = [(index, int(steps[0])) for index, steps in jumps.items() if steps.size]
+    if not wrong:
+        return Check(name, True, f"Steps take {usual:.4g} s, every one of them.")
+    index, step = wrong[0]
+    return Check(
+        name,
+        ok=False,
+        message=f"{sum(steps.size for steps in jumps.values())} steps take more than 1.5 or less than 0.5 times the"
+        f" usual {usual:.4g} s, in {len(wrong)} episodes; the first takes {gaps[index][step]:.4g} s, in episode"
+        f" {index} at step {step}.",
+        remedy="Part the episodes there, or record them again: across a jump, an action did not lead to what follows.",
+        required=False,
+    )
 
 
 def _acted(dataset: EpisodeDataset) -> np.ndarray:

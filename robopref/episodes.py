@@ -4,8 +4,8 @@ On disk it is what `minari.MinariDataset(path)` opens (HDF5 storage). What Minar
 
 * simulator states in `infos["state"]`, one row per observation;
 * the origin of an episode, as JSON, in its option `origin`; its seed where Minari keeps seeds;
-* in `metadata.json` under `robopref`: the schema version, the content hash, how the environment was made and the size
-  of a simulator state.
+* in `metadata.json` under `robopref`: the schema version, the content hash, how the environment was made, the size of
+  a simulator state, the named parts of an observation and named subsets of the episodes.
 
 The hash covers lengths, observations, actions, rewards, terminated and truncated, and is verified at every load, so
 that a label which names a dataset by its hash can only ever be read against the very same numbers.
@@ -40,6 +40,7 @@ NO_SEED = -1
 """What `EpisodeDataset.seeds` holds for an episode without a known seed."""
 
 _DATA_FILE = "main_data.hdf5"
+_OBSERVATION = "observation"
 _STATE = "state"
 _SUCCESS = "success"
 
@@ -57,6 +58,8 @@ class EpisodeDataset:
         env: how the environment was made, such as `{"name": "metaworld/door-open-v3", "horizon": 200}`; empty if not
             known.
         description: free text.
+        keys: names of the parts of an observation, with the size of each, in their order; one part if nothing is known.
+        splits: named subsets, as indices of episodes in ascending order.
         observations: one row per state, [R, O] with R = total_steps + N.
         actions: in the environment's own units, [R, A].
         rewards: the environment's reward, [R].
@@ -75,6 +78,8 @@ class EpisodeDataset:
     hash: str
     env: Mapping[str, Any]
     description: str
+    keys: Mapping[str, int]
+    splits: Mapping[str, Int[np.ndarray, " n"]]
     observation_space: gymnasium.spaces.Box
     action_space: gymnasium.spaces.Box
     observations: Float[np.ndarray, "R O"]
@@ -188,6 +193,8 @@ def write_episodes(
     action_space: gymnasium.Space[Any],
     env: Mapping[str, Any],
     description: str = "",
+    keys: Mapping[str, int] | None = None,
+    splits: Mapping[str, Sequence[int] | Int[np.ndarray, " n"]] | None = None,
 ) -> None:
     """Writes a new store, atomically: after an error there is nothing at `path`.
 
@@ -199,9 +206,13 @@ def write_episodes(
         observation_space: a flat Box.
         action_space: a flat Box; actions must have its shape and kind of number, and may exceed its bounds.
         env: how the environment was made; must have a JSON form.
+        description: free text.
+        keys: names and sizes of the parts of an observation, in their order; one part by default.
+        splits: named subsets, as indices of episodes.
 
     Raises:
-        ValueError: the spaces, an episode or `env` cannot be stored; the message names the episode by its index.
+        ValueError: the spaces, an episode, `env`, `keys` or `splits` cannot be stored; the message names the episode by
+            its index.
         FileExistsError: `path` exists.
         OSError: the parent folder cannot be written to.
     """
@@ -217,6 +228,11 @@ def write_episodes(
     env_problem = json_problem(env)
     if env_problem:
         raise ValueError(f"cannot write {path}: env has no JSON form ({env_problem}).")
+    keys = dict(keys or {_OBSERVATION: observation_box.shape[0]})
+    parts = {name: sorted(int(index) for index in members) for name, members in (splits or {}).items()}
+    named_problem = _named_problem(keys, parts, observation_box.shape[0], len(episodes))
+    if named_problem:
+        raise ValueError(f"cannot write {path}: {named_problem}.")
 
     content = _Content.of(
         observations=[np.asarray(episode.observations) for episode in episodes],
@@ -241,6 +257,8 @@ def write_episodes(
                     "hash": content.hash(),
                     "env": dict(env),
                     "state_size": state_size,
+                    "keys": keys,
+                    "splits": parts,
                 },
             }
         )
@@ -281,6 +299,12 @@ def load_episodes(path: str | os.PathLike[str]) -> EpisodeDataset:
             f"{folder / _DATA_FILE} does not hold the episodes that {METADATA_FILE_NAME} beside it describes: their "
             f"hash is {content_hash[:12]}, not {ours['hash'][:12]}; restore both files from the same place."
         )
+    # Stores of earlier versions have neither.
+    keys = (ours or {}).get("keys", {_OBSERVATION: observation_space.shape[0]})
+    parts = (ours or {}).get("splits", {})
+    named_problem = _named_problem(keys, parts, observation_space.shape[0], count)
+    if named_problem:
+        raise ValueError(f"{metadata_path} was changed after it was written: {named_problem}.")
     offsets = np.concatenate([[0], np.cumsum(content.lengths + 1)])
     returns = np.add.reduceat(content.rewards.astype(np.float64), offsets[:-1])
     successes, seeds = np.array(stored.successes), np.array(stored.seeds)
@@ -291,6 +315,8 @@ def load_episodes(path: str | os.PathLike[str]) -> EpisodeDataset:
         hash=content_hash,
         env=ours["env"] if ours else {},
         description=str(metadata.get("description", "")),
+        keys=keys,
+        splits={name: np.array(members, np.int64) for name, members in parts.items()},
         observation_space=observation_space,
         action_space=action_space,
         observations=content.observations,
@@ -432,6 +458,19 @@ def _provenance_problem(episode: Episode) -> str | None:
             return f"has the seed {episode.seed!r}; a seed is an integer from 0 to 2**63 - 1, or None"
     problem = json_problem(episode.origin)
     return f"has an origin without JSON form ({problem})" if problem else None
+
+
+def _named_problem(keys: Any, splits: Any, size: int, count: int) -> str | None:
+    """What is wrong with the named parts of an observation or the named subsets of the episodes; None if nothing is."""
+    whole = isinstance(keys, dict) and all(isinstance(each, int) and each >= 0 for each in keys.values())
+    if not whole or sum(keys.values()) != size:
+        return f"keys {keys!r} must split the {size} numbers of an observation among them"
+    for name, members in splits.items() if isinstance(splits, dict) else (("splits", splits),):
+        if not isinstance(members, list) or not all(isinstance(each, int) and 0 <= each < count for each in members):
+            return f"the split {name!r} must be a list of some of the {count} episodes, by index"
+        if sorted(set(members)) != members:
+            return f"the split {name!r} must have each episode once, in ascending order"
+    return None
 
 
 def json_problem(value: Mapping[str, Any]) -> str | None:

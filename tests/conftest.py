@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import jax
 import numpy as np
 import pytest
 
@@ -106,6 +107,13 @@ def point_episode(seed: int, *, skilled: bool, limit: int) -> Episode:
         seed=seed,
         origin={"behaviour": "skilled" if skilled else "careless"},
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """A process keeps every program that it compiled: without this, those of all tests would take 5 GB."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ _CHUNK_BYTES = 2**16
 
 
 class D4RLSource:
-    """The episodes of a D4RL file; see `robopref.formats.source.EpisodeSource`. There are no splits and no cameras."""
+    """The episodes of a D4RL file; see `robopref.types.EpisodeSource`. There are no splits and no cameras."""
 
     observation_space: gymnasium.spaces.Box
     action_space: gymnasium.spaces.Box

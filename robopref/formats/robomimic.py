@@ -61,7 +61,7 @@ _DATA, _MASK, _NOTES = "data", "mask", "robopref"
 
 
 class RobomimicSource:
-    """The demonstrations of a robomimic file, one episode each; see `robopref.formats.source.EpisodeSource`.
+    """The demonstrations of a robomimic file, one episode each; see `robopref.types.EpisodeSource`.
 
     Attributes:
         demonstrations: the name of each in the file, in the order of the episodes.

@@ -51,6 +51,8 @@ def made_up() -> EpisodeDataset:
         hash="0123456789abcdef" * 4,
         env={},
         description="",
+        keys={"observation": 1},
+        splits={},
         observation_space=box,
         action_space=box,
         observations=rng.normal(scale=2.0, size=(offsets[-1], 1)),

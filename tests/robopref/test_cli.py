@@ -4,17 +4,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import av
 import gymnasium
 import numpy as np
 import pytest
 
+import envs
 from robopref import cli
+from robopref.conversion import FORMATS
 from robopref.episodes import load_episodes, write_episodes
 from robopref.records import read_records
+from robopref.rollouts import RolloutWorkers
 from robopref.types import Episode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +83,8 @@ def test_help_needs_the_standard_library_only() -> None:
 
 
 def test_help_of_every_command_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    data = (["data"], ["data", "info"], ["data", "check"], ["data", "collect"])
+    names = ("info", "check", "stats", "convert", "split", "film", "collect")
+    data = (["data"], *(["data", name] for name in names))
     for command in ([], ["doctor"], *data, ["label"], ["label", "fit"]):
         with pytest.raises(SystemExit) as stop:
             cli.main([*command, "--help"])
@@ -94,6 +100,8 @@ def test_help_of_every_command_is_printed(capsys: pytest.CaptureFixture[str]) ->
         (["label", "/no/such/folder", "/no/such/labels.parquet"], "/no/such/folder"),
         (["docter"], "did you mean doctor?"),
         (["data", "infos"], "did you mean info?"),
+        (["data", "convert", "a", "b", "--to", "robomimik"], "did you mean robomimic?"),
+        (["data", "convert", "/no/such/file.hdf5", "b"], "/no/such/file.hdf5"),
         ([], "COMMAND"),
         (["data", "check", "somewhere", "--length", "0"], "'0' is not an integer of at least 1"),
         (["data", "check", "somewhere", "--length", "many"], "'many' is not an integer"),
@@ -216,6 +224,140 @@ def test_check_fails_on_what_would_spoil_training(tmp_path: Path, capsys: pytest
 def test_check_needs_segments_of_the_wanted_length(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "check", str(dataset), "--length", str(LENGTH + 1)]) == 1
     assert "shorter than 9 steps" in capsys.readouterr().out
+
+
+def run(*arguments: Any) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_the_formats_are_those_that_can_be_converted() -> None:
+    assert cli.FORMATS == FORMATS
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "more"),
+    [
+        ("robomimic", "out.hdf5", ()),
+        ("d4rl", "out.hdf5", ()),
+        ("lerobot", "out", ("--fps", 10)),
+        ("robopref", "out", ()),
+    ],
+)
+def test_a_dataset_is_converted_and_read_in_any_format(
+    format: str, name: str, more: tuple[Any, ...], dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, back = tmp_path / name, tmp_path / "back"
+    assert run("data", "convert", dataset, out, "--to", format, *more) == 0
+    assert f"{out}: 6 episodes" in capsys.readouterr().out.replace("\n", "")
+    assert run("data", "info", out) == 0
+    told = capsys.readouterr().out
+    assert "6, of 8 to 8 steps" in told
+    assert "toy (horizon 8)" in told
+    assert run("data", "check", out, "--length", LENGTH, "--json") in (0, cli.STATUS_BAD)
+    capsys.readouterr()
+    assert run("data", "convert", out, back) == 0
+    assert load_episodes(back).hash == load_episodes(dataset).hash
+
+
+def test_a_dataset_is_parted_by_episodes(dataset: Path, tmp_path: Path) -> None:
+    whole = load_episodes(dataset)
+    for seed, name in ((0, "first"), (0, "again"), (1, "other")):
+        assert run("data", "split", dataset, tmp_path / name, "--held-out", 0.34, "--seed", seed) == 0
+    parts = {name: load_episodes(tmp_path / "first" / name) for name in ("train", "held-out")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 4, "held-out": 2}
+    returns = np.concatenate([part.returns for part in parts.values()])
+    np.testing.assert_array_equal(np.sort(returns), np.sort(whole.returns))
+    hashes = [load_episodes(tmp_path / name / "held-out").hash for name in ("first", "again", "other")]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_split_is_converted_alone(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = load_episodes(dataset)
+    named = tmp_path / "named"
+    write_episodes(
+        named,
+        [whole.episode(index) for index in range(6)],
+        observation_space=whole.observation_space,
+        action_space=whole.action_space,
+        env=whole.env,
+        splits={"best": [4, 5]},
+    )
+    assert run("data", "info", named) == 0
+    assert "best: 2" in capsys.readouterr().out
+    assert run("data", "convert", named, tmp_path / "best", "--split", "best") == 0
+    np.testing.assert_array_equal(load_episodes(tmp_path / "best").returns, whole.returns[4:])
+    capsys.readouterr()
+    assert run("data", "convert", named, tmp_path / "worst", "--split", "worst") == cli.STATUS_ERROR
+    assert "no split 'worst'; known are best" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_both_parts_have_episodes(share: float, dataset: Path, tmp_path: Path) -> None:
+    assert run("data", "split", dataset, tmp_path / "parts", "--held-out", share) == cli.STATUS_ERROR
+    assert not (tmp_path / "parts").exists()
+
+
+def test_statistics_are_those_of_the_numbers(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("data", "stats", dataset, "--json") == 0
+    told = {row["numbers"]: row for row in json.loads(capsys.readouterr().out)}
+    found = load_episodes(dataset)
+    assert list(told) == [
+        *(f"observation[{i}]" for i in range(3)),
+        "action[0]",
+        "action[1]",
+        "reward",
+        "return",
+        "length",
+    ]
+    column = found.observations[:, 1]
+    expected = {"mean": column.mean(), "std": column.std(), "min": column.min(), "max": column.max()}
+    assert {name: told["observation[1]"][name] for name in expected} == pytest.approx(expected)
+    # Each episode has the same reward at all of its steps, 1 to 6, and the last row of an episode is no step.
+    assert told["reward"]["mean"] == pytest.approx(3.5)
+    assert (told["return"]["min"], told["return"]["max"]) == (LENGTH, 6 * LENGTH)
+    assert told["action[0]"]["std"] == 0
+    assert run("data", "stats", dataset) == 0
+    assert "observation[2]" in capsys.readouterr().out
+
+
+def test_an_episode_is_filmed_as_its_environment_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    env = envs.make({"name": "delivery", "rows": ["..r:", "c.h.", "...."], "horizon": 6})
+    with RolloutWorkers(partial(envs.make, env.config), lanes=1) as workers:
+        episodes = workers.run(RandomPolicy(), range(2), keep_states=True)
+    spaces: Any = {"observation_space": env.observation_space, "action_space": env.action_space}
+    write_episodes(tmp_path / "episodes", episodes, env=env.config, **spaces)
+    assert run("data", "film", tmp_path / "episodes", tmp_path / "film.mp4", "--episode", 1, "--fps", 5) == 0
+    assert f"{len(episodes[1]) + 1} frames of episode 1" in capsys.readouterr().out.replace("\n", "")
+    with av.open(tmp_path / "film.mp4") as film:
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    assert len(frames) == len(episodes[1]) + 1
+    shown = []
+    for state in episodes[1].states:
+        env.set_state(state)
+        shown.append(env.render())
+    height, width = shown[0].shape[:2]
+    errors = [np.abs(np.asarray(a, float)[:height, :width] - b).mean() for a, b in zip(frames, shown, strict=True)]
+    assert max(errors) < 12
+    assert run("data", "film", tmp_path / "episodes", tmp_path / "no.mp4", "--episode", 2) == cli.STATUS_ERROR
+    assert "there is no episode 2" in capsys.readouterr().err
+
+
+class RandomPolicy:
+    def start(self, seeds: np.ndarray) -> np.random.Generator:
+        return np.random.default_rng(seeds.tolist())
+
+    def step(self, carry: np.random.Generator, observations: np.ndarray) -> tuple[np.ndarray, np.random.Generator]:
+        return carry.uniform(-1, 1, (len(observations), 4)).astype(np.float32), carry
+
+    def describe(self, seed: int) -> Mapping[str, str | float]:
+        return {"behaviour": "random"}
+
+
+def test_what_has_neither_images_nor_states_cannot_be_filmed(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("data", "film", dataset, tmp_path / "film.mp4") == cli.STATUS_ERROR
+    assert "keeps neither images nor simulator states" in capsys.readouterr().err
 
 
 def test_doctor_prints_the_same_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,8 @@ def a_dataset(**changes: Any) -> EpisodeDataset:
         "hash": "0" * 64,
         "env": {},
         "description": "",
+        "keys": {"observation": 2},
+        "splits": {},
         "observation_space": gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64),
         "action_space": gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32),
         "observations": rng.normal(size=(rows, 2)),
@@ -165,3 +167,21 @@ def test_equal_rewards_leave_a_teacher_nothing_to_judge() -> None:
 def test_a_segment_needs_a_step() -> None:
     with pytest.raises(ValueError, match="at least 1 step, not 0"):
         dataset_checks.dataset_checks(a_dataset(), length=0)
+
+
+def test_time_goes_on_evenly_or_jumps() -> None:
+    even = {0: np.arange(6) / 10, 2: 5.0 + np.arange(4) / 10}
+    assert dataset_checks.check_timestamps(even).ok
+    # The last row may repeat the one before.
+    assert dataset_checks.check_timestamps({0: np.append(np.arange(5) / 10, 0.4)}).ok
+    dropped = np.array([0.0, 0.1, 0.2, 0.4, 0.5, 0.6])
+    found = dataset_checks.check_timestamps({**even, 3: dropped})
+    assert not found.ok
+    assert not found.fatal
+    assert "1 steps" in found.message
+    assert "the first takes 0.2 s, in episode 3 at step 2" in found.message
+    backwards = dataset_checks.check_timestamps({0: np.array([0.0, 0.1, 0.05, 0.2, 0.3, 0.4])})
+    assert "takes -0.05 s, in episode 0 at step 1" in backwards.message
+    names = [check.name for check in dataset_checks.dataset_checks(a_dataset(), 3, even)]
+    assert names[-1] == "time stamps"
+    assert "time stamps" not in [check.name for check in dataset_checks.dataset_checks(a_dataset(), 3)]

@@ -448,3 +448,37 @@ def test_states_that_went_missing_after_loading(store):
     (store / "main_data.hdf5").unlink()
     with pytest.raises(FileNotFoundError, match=r"main_data\.hdf5 does not exist"):
         dataset.episode(1)
+
+
+def test_parts_of_an_observation_and_splits_come_back(tmp_path):
+    keys, splits = {"hand": 1, "object": 2}, {"train": np.array([0, 2]), "none": []}
+    dataset = load_episodes(write(tmp_path / "named", keys=keys, splits=splits))
+    assert list(dataset.keys.items()) == list(keys.items())
+    assert {name: members.tolist() for name, members in dataset.splits.items()} == {"train": [0, 2], "none": []}
+    plain = load_episodes(write(tmp_path / "plain"))
+    assert (plain.keys, plain.splits) == ({"observation": OBSERVATIONS}, {})
+    assert plain.hash == dataset.hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keys": {"hand": 2}}, r"keys \{'hand': 2\} must split the 3 numbers"),
+        ({"keys": {"hand": 4, "object": -1}}, "must split the 3 numbers"),
+        ({"splits": {"train": [0, 3]}}, "the split 'train' must be a list of some of the 3 episodes"),
+        ({"splits": {"train": [1, 1]}}, "the split 'train' must have each episode once"),
+    ],
+)
+def test_parts_and_splits_that_do_not_fit_are_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "store", **changes)
+    assert not (tmp_path / "store").exists()
+
+
+def test_parts_that_were_changed_on_the_disk_are_refused(store):
+    path = store / "metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata["robopref"]["keys"] = {"hand": 7}
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"metadata\.json was changed after it was written: keys"):
+        load_episodes(store)

@@ -44,7 +44,7 @@ _PICTURES = ("PNG", "JPEG")
 
 
 class LeRobotSource:
-    """Episodes of a LeRobot dataset; see `robopref.formats.source.EpisodeSource`, whose contract this keeps.
+    """Episodes of a LeRobot dataset; see `robopref.types.EpisodeSource`, whose contract this keeps.
 
     What becomes of the features: `action` is the action, in the rig's own units; vectors among `observation.*` are the
     observation; `next.reward` is the reward, 0 where there is none. Other `next.*`, such as `next.success`, are infos
