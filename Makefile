@@ -12,6 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 BASE := $(VENV)/.base-installed
 TEST := $(VENV)/.test-installed
+ROBOMIMIC := $(VENV)/.robomimic-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --constraint constraints.txt
 LOCK_HEADER := \# Every package that the requirement files bring in, pinned; written by \`make lock\`, for Python 3.11 to 3.13.
 CODE := robopref envs agents labelers experiments benchmarks tests
@@ -43,6 +44,10 @@ install: $(BASE) ## make .venv with the pinned packages and the robopref command
 .PHONY: test
 test: lint ## lint, check types and run all tests; JOBS=8 runs them in eight processes
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+.PHONY: robomimic
+robomimic: $(ROBOMIMIC) ## install robosuite and robomimic too (with torch, 2 GB), and run the tests that need them
+	$(BIN)/python -m pytest -m robomimic $(ARGS)
 
 .PHONY: lint
 lint: $(TEST) ## check style and types only
@@ -81,4 +86,8 @@ $(BASE): requirements.txt constraints.txt
 
 $(TEST): $(BASE) requirements-test.txt requirements-ray.txt
 	@$(call install,requirements-test.txt requirements-ray.txt); \
+	touch $@
+
+$(ROBOMIMIC): $(TEST) requirements-robomimic.txt
+	@$(call install,requirements-robomimic.txt); \
 	touch $@

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from envs.env import Env
 
-CONSTRUCTORS = {"delivery": "envs.delivery:DeliveryEnv", "metaworld": "envs.metaworld:MetaWorldEnv"}
+CONSTRUCTORS = {
+    "delivery": "envs.delivery:DeliveryEnv",
+    "metaworld": "envs.metaworld:MetaWorldEnv",
+    "robosuite": "envs.robosuite:RobosuiteEnv",
+}
 """From the part of an environment's name before the slash to its class, which takes the part after it as `task`."""
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from robopref.types import Policy
 
 Actor: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
-"""One episode's behaviour: from an observation [39] to an action [4], which may lie beyond [-1, 1]."""
+"""One episode's behaviour: from an observation [O] to an action [A], which may lie beyond [-1, 1]."""
 
 Drawn: TypeAlias = dict[str, float]
 
@@ -54,12 +54,12 @@ class Behaviour(abc.ABC):
     def step(
         self, carry: list[Actor], observations: npt.NDArray[np.floating[Any]]
     ) -> tuple[npt.NDArray[np.float32], list[Actor]]:
-        """Actions [B, 4] in [-1, 1] for observations [B, 39]."""
+        """Actions [B, A] in [-1, 1] for observations [B, O]."""
         with warnings.catch_warnings():
             # The scripted policies ask for more than the action space holds as a matter of course, and warn about it.
             warnings.simplefilter("ignore")
             wanted = [actor(np.array(row, np.float64)) for actor, row in zip(carry, observations, strict=True)]
-        return np.clip(np.reshape(wanted, (-1, 4)), -1.0, 1.0).astype(np.float32), carry
+        return np.clip(np.stack(wanted), -1.0, 1.0).astype(np.float32), carry
 
     def describe(self, seed: int) -> Mapping[str, str | float]:
         """The behaviour's name, its settings that are single values, and what is drawn for the episode of this seed."""
@@ -93,7 +93,7 @@ class Expert(Behaviour):
         check_task(self.task)
 
     def actor(self, drawn: Drawn, random: np.random.Generator) -> Actor:
-        return _noisy(_scripted(self.task), self.noise, random)
+        return noisy(_scripted(self.task), self.noise, random)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Offset(Behaviour):
             action[_HAND] *= self.speed
             return action
 
-        return _noisy(act, self.noise, random)
+        return noisy(act, self.noise, random)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class WrongGoal(Behaviour):
         expert = _scripted(self.task)
         shift = drawn["distance"] * np.array([np.cos(drawn["direction"]), np.sin(drawn["direction"]), 0.0])
         nowhere = np.zeros(3)
-        return _noisy(lambda seen: expert(displace(seen, objects=nowhere, goal=shift)), self.noise, random)
+        return noisy(lambda seen: expert(displace(seen, objects=nowhere, goal=shift)), self.noise, random)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class OtherTask(Behaviour):
         check_task(self.other)
 
     def actor(self, drawn: Drawn, random: np.random.Generator) -> Actor:
-        return _noisy(_scripted(self.other), self.noise, random)
+        return noisy(_scripted(self.other), self.noise, random)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Stalling(Behaviour):
         _check_range("Stalling", "shortest", self.shortest, "longest", self.longest)
 
     def actor(self, drawn: Drawn, random: np.random.Generator) -> Actor:
-        expert = _noisy(_scripted(self.task), self.noise, random)
+        expert = noisy(_scripted(self.task), self.noise, random)
         pause = 0
         effort = 0.0
 
@@ -268,7 +268,7 @@ class Overshooting(Behaviour):
             action[_HAND] *= drawn["gain"]
             return action
 
-        return _noisy(act, self.noise, random)
+        return noisy(act, self.noise, random)
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class HeldBias(Behaviour):
     def actor(self, drawn: Drawn, random: np.random.Generator) -> Actor:
         expert = _scripted(self.task)
         bias = np.array([drawn["bias_x"], drawn["bias_y"], drawn["bias_z"], 0.0])
-        return _noisy(lambda observation: np.clip(expert(observation), -1.0, 1.0) + bias, self.noise, random)
+        return noisy(lambda observation: np.clip(expert(observation), -1.0, 1.0) + bias, self.noise, random)
 
 
 @dataclass(frozen=True)
@@ -360,12 +360,13 @@ class Mixture:
     def step(
         self, carry: Sequence[tuple[int, npt.NDArray[np.intp], Any]], observations: npt.NDArray[np.floating[Any]]
     ) -> tuple[npt.NDArray[np.float32], list[tuple[int, npt.NDArray[np.intp], Any]]]:
-        actions = np.empty((len(observations), 4), np.float32)
-        following = []
+        following, order, parts = [], [], []
         for part, rows, inner in carry:
-            actions[rows], after = self.parts[part][1].step(inner, observations[rows])
+            actions, after = self.parts[part][1].step(inner, observations[rows])
             following.append((part, rows, after))
-        return actions, following
+            order.append(rows)
+            parts.append(actions)
+        return np.concatenate(parts)[np.argsort(np.concatenate(order))].astype(np.float32), following
 
     def describe(self, seed: int) -> Mapping[str, str | float]:
         """What the part that acts in this episode says of itself."""
@@ -444,8 +445,14 @@ def _scripted(task: str) -> Actor:
     return lambda observation: np.array(policy.get_action(observation.copy()), np.float64)
 
 
-def _noisy(actor: Actor, noise: float, random: np.random.Generator) -> Actor:
-    return lambda observation: actor(observation) + noise * random.normal(size=4)
+def noisy(actor: Actor, noise: float, random: np.random.Generator) -> Actor:
+    """`actor` with Gaussian noise of this standard deviation on its actions."""
+
+    def act(observation: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        action = actor(observation)
+        return action + noise * random.normal(size=len(action))
+
+    return act
 
 
 def _check_range(behaviour: str, low_name: str, low: float, high_name: str, high: float) -> None:

@@ -14,6 +14,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,12 +51,13 @@ class FlatRenderer:
         model: its `vis` section is changed: no antialiasing, and an offscreen buffer of at least this size.
         height: of the images, in pixels.
         width: of the images, in pixels.
+        hidden_groups: groups of geometry that are not drawn, such as shapes that are only for collisions.
 
     Raises:
         RuntimeError: no OpenGL library on this machine can draw.
     """
 
-    def __init__(self, model: mujoco.MjModel, height: int, width: int) -> None:
+    def __init__(self, model: mujoco.MjModel, height: int, width: int, *, hidden_groups: Sequence[int] = ()) -> None:
         backend = os.environ.get(VARIABLE, "").lower() or use_rendering_backend()
         if backend is None:
             raise RuntimeError(no_backend_message())
@@ -77,6 +79,7 @@ class FlatRenderer:
         self._model = model
         self._scene = mujoco.MjvScene(model, maxgeom=10_000)
         self._options = mujoco.MjvOption()
+        self._options.geomgroup[list(hidden_groups)] = 0
         self._area = mujoco.MjrRect(0, 0, width, height)
 
     def render(self, data: mujoco.MjData, camera: str | int | mujoco.MjvCamera) -> npt.NDArray[np.uint8]:

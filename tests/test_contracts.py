@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable
@@ -469,14 +470,27 @@ ENVIRONMENTS = {
     "delivery_pixels": {**DELIVERY, "observe": "pixels", "cell_size": 8},
     "metaworld": {"name": "metaworld/door-open-v3", "horizon": 12},
     "metaworld_pixels": {"name": "metaworld/door-open-v3", "horizon": 12, "observe": "pixels", **CPL_VIEW},
+    "robosuite": {"name": "robosuite/Lift", "horizon": 12, "arguments": {"hard_reset": True}},
+    "robosuite_pixels": {"name": "robosuite/PickPlaceCan", "horizon": 12, "observe": "pixels", "image_size": 32},
 }
 """One of each family, also seen as images; tests/envs has every task of each."""
 
+OPTIONAL = {"robosuite": pytest.mark.robomimic}
+"""Families that need more than the base, and the mark by which a target of the Makefile runs them."""
 
-@pytest.fixture(scope="module", params=ENVIRONMENTS)
+
+def marked(name: str) -> Any:
+    family = ENVIRONMENTS[name]["name"].split("/")[0]
+    return pytest.param(name, marks=OPTIONAL[family]) if family in OPTIONAL else name
+
+
+@pytest.fixture(scope="module", params=[marked(name) for name in ENVIRONMENTS])
 def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     chosen = ENVIRONMENTS[request.param]
-    if request.param == "metaworld_pixels" and use_rendering_backend() is None:
+    family = chosen["name"].split("/")[0]
+    if family in OPTIONAL and importlib.util.find_spec(family) is None:
+        pytest.skip(f"{family} is not installed: `make {OPTIONAL[family].name}` installs it and runs these tests.")
+    if request.param in ("metaworld_pixels", "robosuite_pixels") and use_rendering_backend() is None:
         pytest.skip(no_backend_message())
     return chosen
 

@@ -25,12 +25,13 @@ MAY_IMPORT = {
 RUNS_WITHOUT_JAX = ("client.py", "safety.py", "rig.py")
 HEAVY = {"jax", "jaxlib", "flax", "optax"}
 DISTRIBUTIONS = {"PIL": "pillow"}
-OPTIONAL = {"ray"}
+OPTIONAL = {"ray", "robosuite"}
 REQUIREMENT_FILES = (
     "requirements.txt",
     "requirements-test.txt",
     "requirements-ray.txt",
     "requirements-benchmark.txt",
+    "requirements-robomimic.txt",
     "constraints.txt",
 )
 TEXT = {".py", ".toml", ".txt", ".md", ".cfg", ".html", ".css", ".js", ".json", ".sh", ""}

@@ -64,6 +64,17 @@ def test_images_are_upright_and_not_mirrored(backend: str, scene: tuple[mujoco.M
     assert np.argmax(image[34, 40]) == 2
 
 
+def test_hidden_groups_are_not_drawn(backend: str, scene: tuple[mujoco.MjModel, mujoco.MjData]) -> None:
+    model, data = scene
+    model.geom_group[:] = 0, 1, 2
+    renderer = FlatRenderer(model, 48, 64, hidden_groups=(0, 2))
+    image = renderer.render(data, "front")
+    renderer.close()
+    assert not image[14, 32].any()
+    assert np.argmax(image[34, 24]) == 1
+    assert not image[34, 40].any()
+
+
 def test_costly_effects_are_off(backend: str, scene: tuple[mujoco.MjModel, mujoco.MjData]) -> None:
     model, data = scene
     renderer = FlatRenderer(model, 16, 16)
