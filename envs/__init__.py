@@ -25,11 +25,16 @@ CONSTRUCTORS = {
 def make(config: Mapping[str, Any]) -> Env:
     """Builds the environment that `config` describes, such as `{"name": "metaworld/door-open-v3", "horizon": 200}`.
 
-    With `"observe": "pixels"`, which every environment takes, its images are the observations (pixels.py).
+    With `"observe": "pixels"`, which every environment takes, its images are the observations (pixels.py). What a
+    robomimic file says of its environment (`env_args`, with an `env_name`) is a description too, if it is robosuite's.
 
     Raises:
         ValueError: there is no environment of that name, or it takes no such argument.
     """
+    if "env_name" in config:
+        from envs.robosuite import from_env_args
+
+        config = from_env_args(config)
     arguments = dict(config)
     name = str(arguments.pop("name", ""))
     observe = arguments.pop("observe", None)

@@ -9,6 +9,7 @@ opens, 1 closes). The hand keeps the orientation in which it begins, fingers dow
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -139,6 +140,10 @@ class CanExpert(_PickExpert):
             return away + np.array([0.0, 0.0, -0.1]), _CLOSE
         height = np.array([0.0, 0.0, _CARRY - thing[2]])
         return height + (away if height[2] < 0.05 else 0.0), _CLOSE
+
+
+EXPERTS: Mapping[str, type[LiftExpert] | type[CanExpert]] = {"Lift": LiftExpert, "PickPlaceCan": CanExpert}
+"""By the name of the task."""
 
 
 def _holds(hand: _Vector, thing: _Vector, opening: float, *, narrowest: float, widest: float) -> bool:

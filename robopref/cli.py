@@ -350,7 +350,6 @@ def _rendered(source: EpisodeSource, options: argparse.Namespace) -> list[Any]:
 def _data_collect(options: argparse.Namespace) -> int:
     _check_output(options.out)
     envs = _checkout_module("envs")
-    behaviours = _checkout_module("envs.behaviours")
 
     from robopref.episodes import write_episodes
     from robopref.progress import progress_bar
@@ -361,13 +360,7 @@ def _data_collect(options: argparse.Namespace) -> int:
         config["horizon"] = options.horizon
     env = envs.make(config)
     try:
-        family, _, task = options.env.partition("/")
-        if family != "metaworld":
-            raise ValueError(
-                f"scripted behaviours exist for Meta-World only, and {options.env!r} is another environment"
-            )
-        parts = [getattr(behaviours, BEHAVIOURS[name])(task=task, noise=options.noise) for name in options.behaviour]
-        policy = parts[0] if len(parts) == 1 else behaviours.Mixture(tuple((1.0, part) for part in parts))
+        policy = _scripted(options, env)
         make_env = functools.partial(envs.make, config)
         # One lane: scripts gain nothing from acting in several environments at once, and each takes time to make.
         with (
@@ -387,12 +380,28 @@ def _data_collect(options: argparse.Namespace) -> int:
             action_space=env.action_space,
             env=env.config,
             description=f"{', '.join(options.behaviour)} in {options.env}",
+            keys=getattr(env, "keys", None),
         )
     finally:
         env.close()
     succeeded = sum(episode.succeeded for episode in episodes)
     print(f"{options.out}: {len(episodes)} episodes, {sum(map(len, episodes))} steps, {succeeded} successes")
     return 0
+
+
+def _scripted(options: argparse.Namespace, env: Any) -> Any:
+    """Who acts: the behaviours that were asked for, one of them drawn per episode."""
+    family, _, task = options.env.partition("/")
+    if family == "robosuite":
+        experts = _checkout_module("envs.robosuite_behaviours").EXPERTS
+        if task not in experts or options.behaviour != ["expert"]:
+            raise ValueError(f"of robosuite's tasks only {' and '.join(experts)} are scripted, and only by an expert")
+        return experts[task](keys=tuple(env.keys.items()), noise=options.noise)
+    if family != "metaworld":
+        raise ValueError(f"scripted behaviours exist for Meta-World and robosuite only, not for {options.env!r}")
+    behaviours = _checkout_module("envs.behaviours")
+    parts = [getattr(behaviours, BEHAVIOURS[name])(task=task, noise=options.noise) for name in options.behaviour]
+    return parts[0] if len(parts) == 1 else behaviours.Mixture(tuple((1.0, part) for part in parts))
 
 
 def _label(options: argparse.Namespace) -> int:
