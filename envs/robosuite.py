@@ -450,9 +450,14 @@ def _package() -> Any:
     chosen = os.environ.get(VARIABLE)
     try:
         return importlib.import_module("robosuite")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"robosuite cannot be imported ({error}); install it with `pip install -r requirements-robomimic.txt`."
+        ) from error
+    except ImportError as error:
+        raise ImportError(
+            f"robosuite is installed and cannot be imported ({error}); where OpenCV lacks a library, on Debian and"
+            " Ubuntu: apt-get install libgl1 libglib2.0-0"
         ) from error
     finally:
         # It decides by which library MuJoCo is to draw, without looking whether the machine has it.

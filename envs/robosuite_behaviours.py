@@ -71,11 +71,8 @@ class _PickExpert(Behaviour):
         self._object()
 
     def actor(self, drawn: Drawn, random: np.random.Generator) -> Actor:
-        hand, fingers, thing = (
-            _find(self.keys, "robot0_eef_pos"),
-            _find(self.keys, "robot0_gripper_qpos"),
-            self._object(),
-        )
+        hand, fingers = (_find(self.keys, key) for key in ("robot0_eef_pos", "robot0_gripper_qpos"))
+        thing = self._object()
 
         def act(observation: _Vector) -> _Vector:
             opening = float(abs(observation[fingers][0]) + abs(observation[fingers][-1]))

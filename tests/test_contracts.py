@@ -470,7 +470,7 @@ ENVIRONMENTS = {
     "delivery_pixels": {**DELIVERY, "observe": "pixels", "cell_size": 8},
     "metaworld": {"name": "metaworld/door-open-v3", "horizon": 12},
     "metaworld_pixels": {"name": "metaworld/door-open-v3", "horizon": 12, "observe": "pixels", **CPL_VIEW},
-    "robosuite": {"name": "robosuite/Lift", "horizon": 12, "arguments": {"hard_reset": True}},
+    "robosuite": {"name": "robosuite/Lift", "horizon": 12},
     "robosuite_pixels": {"name": "robosuite/PickPlaceCan", "horizon": 12, "observe": "pixels", "image_size": 32},
 }
 """One of each family, also seen as images; tests/envs has every task of each."""

@@ -39,7 +39,7 @@ def robopref(*arguments: object) -> None:
 def test_behaviour_cloning_of_a_robomimic_file_lifts_the_cube(tmp_path: Path) -> None:
     """At least 90% of 50 trials succeed, from initial states that the file does not have."""
     collected, file, back = tmp_path / "collected", tmp_path / "lift.hdf5", tmp_path / "back"
-    lift = ("robosuite/Lift", collected, "--episodes", EPISODES, "--horizon", 60, "--keep-states", "--processes", 0)
+    lift = ("robosuite/Lift", collected, "--episodes", EPISODES, "--noise", 0.1, "--horizon", 60, "--keep-states")
     robopref("data", "collect", *lift, "--seed", 1000)
     robopref("data", "convert", collected, file, "--to", "robomimic")
     robopref("data", "convert", file, back)
