@@ -7,6 +7,7 @@ shared by many machines. JAX sees to the rest: its key is the program, the compi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -14,14 +15,15 @@ import sys
 from pathlib import Path
 
 MAX_BYTES = 2 * 1024**3
-"""Programs that were not used for the longest time go first."""
+"""What the programs of a kind of processor may take; the oldest go first."""
 
 
 def keep_compiled_programs() -> None:
     """From now on, this process and those that it starts keep what they compile, and look there first."""
-    settings: dict[str, str | int | float] = {
-        "jax_compilation_cache_dir": str(_folder()),
-        "jax_compilation_cache_max_size": MAX_BYTES,
+    folder = _folder()
+    forget_oldest(folder, MAX_BYTES)
+    settings: dict[str, str | float] = {
+        "jax_compilation_cache_dir": str(folder),
         # By default, what takes less than a second is not kept; that is nearly everything here.
         "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
@@ -33,6 +35,24 @@ def keep_compiled_programs() -> None:
 
         for name, value in settings.items():
             jax.config.update(name, type(value)(os.environ[name.upper()]))  # type: ignore[no-untyped-call]
+
+
+def forget_oldest(folder: Path, max_bytes: int) -> None:
+    """Removes the programs that were kept first, until the others take no more than `max_bytes`.
+
+    JAX can bound its folder too, but then looks through all of it whenever it keeps a program.
+    """
+    kept = []
+    for path in folder.glob("*-cache"):
+        # Other processes may be at it as well.
+        with contextlib.suppress(FileNotFoundError):
+            kept.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    excess = sum(size for _, size, _ in kept) - max_bytes
+    for _, size, path in sorted(kept):
+        if excess <= 0:
+            break
+        path.unlink(missing_ok=True)
+        excess -= size
 
 
 def _folder() -> Path:

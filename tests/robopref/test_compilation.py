@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from robopref.compilation import forget_oldest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
@@ -58,3 +60,16 @@ def test_the_user_may_choose_the_folder_or_keep_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
     compile_something(tmp_path / "home", JAX_ENABLE_COMPILATION_CACHE="false")
     assert not list((tmp_path / "home").rglob("*-cache"))
+
+
+def test_the_oldest_programs_are_forgotten_first(tmp_path: Path) -> None:
+    for age, name in enumerate(("new", "middle", "old")):
+        path = tmp_path / f"{name}-cache"
+        path.write_bytes(bytes(100))
+        os.utime(path, (1000 - age, 1000 - age))
+    (tmp_path / "other").write_bytes(bytes(1000))
+    forget_oldest(tmp_path, 300)
+    assert len(list(tmp_path.glob("*-cache"))) == 3
+    forget_oldest(tmp_path, 250)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["middle-cache", "new-cache", "other"]
+    forget_oldest(tmp_path / "nowhere", 0)
