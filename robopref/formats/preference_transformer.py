@@ -17,13 +17,13 @@ included: a model that learned from the latter has seen the former. `repeated_pa
 from __future__ import annotations
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
+from robopref.formats.arrays import read_npz
 from robopref.types import Preferences, Segments
 
 _KEYS = ("obs_1", "obs_2", "action_1", "action_2", "label")
@@ -71,19 +71,10 @@ def _content(preferences: Preferences, index: int, order: int) -> bytes:
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; such archives are in {_SOURCE}.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = archive.files
-            arrays = {key: archive[key] for key in _KEYS if key in names}
-    except (zipfile.BadZipFile, EOFError, TypeError, ValueError) as error:
-        # What NumPy says of a single array, of pickled objects, and of anything else.
-        raise ValueError(f"{path} is not an archive (.npz) of NumPy arrays: {error}") from error
+    arrays, names = read_npz(path, _KEYS)
     missing = [key for key in _KEYS if key not in names]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it has {', '.join(names) or 'no arrays'}.")
-    for key, array in arrays.items():
-        if not np.issubdtype(array.dtype, np.number) or not np.isfinite(array).all():
-            raise ValueError(f"{key} in {path} does not hold finite numbers alone.")
     return {
         key: array if np.issubdtype(array.dtype, np.floating) else array.astype(float) for key, array in arrays.items()
     }
