@@ -119,7 +119,7 @@ class IndexedLabels:
         rows = _Rows.of([_End(len(each), each.terminated, each.truncated, each.origin) for each in read], counting)
         chosen = self._chosen(rows, spanning)
         starts, (observations, actions) = self.starts[chosen], self._empty(episodes, len(chosen))
-        for episode, begin, end in rows:
+        for episode, begin, end in zip(rows.episodes.tolist(), rows.begins, rows.begins + rows.counts, strict=True):
             shown = np.argwhere((starts < end) & (starts + self.length > begin))
             found = episodes.episode(episode) if shown.size else None
             for pair, side in shown:
