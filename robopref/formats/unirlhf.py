@@ -18,10 +18,10 @@ pickles and no observations.
 * **Indices** are the rows at which segments begin, **not in the file, but in what `qlearning_dataset` makes of it**: it
   leaves out the last step of every episode that was cut off by time, and the last of the file. Taken as rows of the
   file, they would be one step further off with every such episode: in halfcheetah-medium-v2, whose episodes all have
-  1000 steps, 19% of the segments would span two episodes, where none does if they are counted rightly. Of robomimic's files the last
-  step of *every* demonstration is left out, and demonstrations are counted in alphabetical order (demo_10 before
-  demo_2). The labels belong to D4RL's datasets v2 (Adroit's v1), whose files have timeouts.
-* There may be more indices than labels; label i is of the indices i. The last were kept for their evaluation.
+  1000 steps, 19% of the segments would span two episodes, where none does if they are counted rightly. Of robomimic's
+  files the last step of *every* demonstration is left out, and demonstrations are counted in alphabetical order
+  (demo_10 before demo_2). The labels belong to D4RL's datasets v2 (Adroit's v1), whose files have timeouts.
+* There may be more indices than labels; label i is of the indices i.
 * **Lengths** of segments are in the names of most files; elsewhere they are 100.
 
 Some pairs may span two episodes nevertheless, where the authors' idea of an episode's end was another. They are refused
