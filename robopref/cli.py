@@ -294,11 +294,7 @@ def _convert(options: argparse.Namespace, source: EpisodeSource, out: Path, chos
     from robopref.conversion import convert
     from robopref.progress import progress_bar
 
-    env = None
-    if options.to == "robomimic" and str(source.env.get("name", "")).startswith("robosuite/"):
-        # robomimic makes its environments from arguments of its own.
-        env = _checkout_module("envs.robosuite").to_env_args(source.env)
-    with progress_bar(out.name) as progress:
+    with _for_robomimic(options, source) as own, progress_bar(out.name) as progress:
         convert(
             source,
             out,
@@ -307,9 +303,28 @@ def _convert(options: argparse.Namespace, source: EpisodeSource, out: Path, chos
             images=not options.without_images,
             fps=options.fps,
             task=options.task,
-            env=env,
             progress=progress,
+            **own,
         )
+
+
+@contextmanager
+def _for_robomimic(options: argparse.Namespace, source: EpisodeSource) -> Iterator[dict[str, Any]]:
+    """What robomimic's own tools need in a file: they make environments, and put states back, in ways of their own."""
+    if options.to != "robomimic" or not str(source.env.get("name", "")).startswith("robosuite/"):
+        yield {}
+        return
+    env = _checkout_module("envs").make(source.env)
+
+    def model_of(state: Any) -> str:
+        env.set_state(state)
+        return str(env.model_xml)
+
+    try:
+        env_args = _checkout_module("envs.robosuite").to_env_args(source.env)
+        yield {"env": env_args, "models": model_of, "flat_states": env.flat_states}
+    finally:
+        env.close()
 
 
 def _data_film(options: argparse.Namespace) -> int:

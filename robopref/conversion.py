@@ -10,14 +10,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import gymnasium
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
+from robopref.files import Closing
 from robopref.formats.d4rl import read_d4rl, write_d4rl
 from robopref.formats.hdf5 import ForeignHDF5
 from robopref.formats.lerobot import read_lerobot, write_lerobot
@@ -32,7 +32,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 WITH_IMAGES: tuple[Format, ...] = ("robomimic", "lerobot")
 
 
-class StoredEpisodes:
+class StoredEpisodes(Closing):
     """A dataset of robopref's own, as an `EpisodeSource`; it has no cameras, because its images are rendered."""
 
     def __init__(self, dataset: EpisodeDataset) -> None:
@@ -59,14 +59,6 @@ class StoredEpisodes:
             ValueError: always.
         """
         raise ValueError(f"{self.dataset.path} has no camera {camera!r}: its images are rendered from its states.")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 def recognise(path: str | os.PathLike[str]) -> Format:
@@ -143,6 +135,8 @@ def convert(
     fps: int | None = None,
     task: str | None = None,
     env: Mapping[str, Any] | None = None,
+    flat_states: Callable[[Float[np.ndarray, "T+1 S"]], Float[np.ndarray, "T+1 F"]] | None = None,
+    models: Callable[[Float[np.ndarray, " S"]], str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Writes episodes of a source in a format, atomically.
@@ -160,6 +154,8 @@ def convert(
             the description or the environment's name by default.
         env: how the environment was made, in the form that the format's other readers expect; as the source has it by
             default.
+        flat_states: of the states of an episode, what robomimic's own tools expect; for that format alone.
+        models: the MJCF model to which a state belongs; for that format alone.
         progress: called with the episodes written and their number.
 
     Raises:
@@ -192,7 +188,17 @@ def convert(
     }
     episodes = _read(source, chosen, progress)
     if format == "robomimic":
-        write_robomimic(path, episodes, keys=source.keys, splits=splits, frames=frames, **common)
+        give = None if models is None else partial(_model_of, source, chosen, models)
+        write_robomimic(
+            path,
+            episodes,
+            keys=source.keys,
+            splits=splits,
+            frames=frames,
+            models=give,
+            flat_states=flat_states,
+            **common,
+        )
     elif format == "lerobot":
         assert fps is not None
         task = task or source.description or source.env.get("name") or source.env.get("env_name")
@@ -205,6 +211,13 @@ def convert(
 
 def _frames_of(source: EpisodeSource, chosen: Sequence[int], camera: str, place: int) -> UInt8[np.ndarray, "T+1 H W C"]:
     return source.frames(chosen[place], camera)
+
+
+def _model_of(
+    source: EpisodeSource, chosen: Sequence[int], models: Callable[[Float[np.ndarray, " S"]], str], place: int
+) -> str | None:
+    states = source.episode(chosen[place]).states
+    return None if states is None else models(states[0])
 
 
 def _read(source: EpisodeSource, chosen: Sequence[int], progress: ProgressCallback | None) -> Iterator[Episode]:

@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: everything is written beside its target and then renamed onto it."""
+"""Files that are either whole or absent: everything is written beside its target and then renamed onto it.
+
+And what is to be closed again, such as a file that is read.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,23 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
+
+
+class Closing:
+    """Something to be closed, which is a context manager by that."""
+
+    def close(self) -> None:
+        """Lets go of what was opened; nothing unless a subclass opened something."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 @contextmanager

@@ -24,14 +24,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from robopref.episodes import EpisodeDataset
-from robopref.files import atomic_folder, read_json, write_json
+from robopref.files import Closing, atomic_folder, read_json, write_json
 from robopref.processes import end_with_parent
 from robopref.progress import ProgressCallback
 from robopref.rollouts import MakeEnv
@@ -43,7 +42,7 @@ _CHUNK = 64
 """Frames that are rendered, written and marked together."""
 
 
-class FrameCache:
+class FrameCache(Closing):
     """The frames of a dataset, as one environment shows its states.
 
     Several processes may use one cache at once; while one of them renders, others that miss a frame wait for their
@@ -91,14 +90,6 @@ class FrameCache:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the environment; frames that are there can still be read."""

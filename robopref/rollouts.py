@@ -10,12 +10,12 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import gymnasium
 import numpy as np
 
+from robopref.files import Closing
 from robopref.processes import end_with_parent
 from robopref.progress import ProgressCallback
 from robopref.types import Episode, Policy
@@ -23,7 +23,7 @@ from robopref.types import Episode, Policy
 MakeEnv = Callable[[], gymnasium.Env[Any, Any]]
 
 
-class RolloutWorkers:
+class RolloutWorkers(Closing):
     """Environments that stay open between calls of `run`, in this process or in several.
 
     Use it as a context manager:
@@ -45,14 +45,6 @@ class RolloutWorkers:
         self._lanes = lanes
         self._local: _Lanes | None = None
         self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends the processes and closes the environments of this one."""

@@ -6,8 +6,10 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
+import h5py
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import envs
@@ -51,6 +53,15 @@ def test_behaviour_cloning_of_a_robomimic_file_lifts_the_cube(tmp_path: Path) ->
     dataset = load_episodes(back)
     assert dataset.hash == load_episodes(collected).hash
     assert dataset.successes.mean() >= 0.95
+    robosuite = envs.make(env_args).unwrapped
+    for index in (0, 7):
+        states = load_episodes(collected).episode(index).states
+        np.testing.assert_array_equal(dataset.episode(index).states, states)
+        with h5py.File(file) as written:
+            demo = written[f"data/demo_{index}"]
+            # What robomimic's own tools put back: time, positions and velocities.
+            np.testing.assert_array_equal(demo["states"], robosuite.flat_states(states)[:-1])
+            assert "<mujoco" in demo.attrs["model_file"]
 
     data = TransitionDataset.create(dataset)
     agent = BCAgent.create(

@@ -31,8 +31,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import gymnasium
 import h5py
@@ -40,7 +39,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from robopref.episodes import episode_problem, flat_box, json_problem
-from robopref.files import atomic_write
+from robopref.files import Closing, atomic_write
 from robopref.formats.hdf5 import MAX_BYTES, ForeignHDF5, floating, space_notes, space_of_notes, write_notes
 from robopref.types import Episode
 
@@ -52,7 +51,7 @@ _ROWS = 2**20
 _CHUNK_BYTES = 2**16
 
 
-class D4RLSource:
+class D4RLSource(Closing):
     """The episodes of a D4RL file; see `robopref.types.EpisodeSource`. There are no splits and no cameras."""
 
     observation_space: gymnasium.spaces.Box
@@ -73,14 +72,6 @@ class D4RLSource:
 
     def __len__(self) -> int:
         return len(self._ends)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file."""

@@ -22,13 +22,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import gymnasium
 import h5py
 import numpy as np
 from jaxtyping import Float
+
+from robopref.files import Closing
 
 MAX_BYTES = 2**31
 """The most memory that one array of a foreign file may take, unless the caller says otherwise."""
@@ -76,7 +77,7 @@ class ForeignArray:
         return max((_EXPANSION.get(each, 1) for each in self.filters), default=1)
 
 
-class ForeignHDF5:
+class ForeignHDF5(Closing):
     """An HDF5 file from elsewhere, open for reading. Use it as a context manager, or call `close`.
 
     A `place` is a path within the file, such as `"data/demo_0/actions"`; `""` is the file itself.
@@ -105,14 +106,6 @@ class ForeignHDF5:
             self._file = h5py.File(self.path, "r", rdcc_nbytes=_CACHE)
         except Exception as error:
             raise ValueError(f"{self.path} is damaged or was cut short ({_reason(error)}); copy it again.") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file; nothing can be read any more."""

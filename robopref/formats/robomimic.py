@@ -16,7 +16,8 @@ What becomes of it, where that is not plain:
 * **The final observation** is the last row of next_obs. A file without next_obs has none: that of the last step is
   repeated, and the origin says `final_observation: "repeated"`.
 * **The final state.** `states` has the simulator's state before each action, so none after the last. robopref's own
-  files keep it beside. In all others the last state is repeated, and the origin says `final_state: "repeated"`: the
+  files keep it beside, and where its states hold more than robomimic's own tools expect there, all of them. In all
+  others the last state is repeated, and the origin says `final_state: "repeated"`: the
   last two rows of `Episode.states` are then equal, and nothing should be measured from the last one.
 * **Ends.** An episode is terminated if `dones` is not 0 at its last step, and truncated otherwise. Whoever made the
   file chose what `dones` says: success, or merely the end of each demonstration, or both. robomimic's own human
@@ -36,8 +37,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import gymnasium
 import h5py
@@ -45,7 +45,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from robopref.episodes import episode_problem, flat_box, json_problem
-from robopref.files import atomic_write
+from robopref.files import Closing, atomic_write
 from robopref.formats.hdf5 import (
     MAX_BYTES,
     ForeignArray,
@@ -60,7 +60,7 @@ from robopref.types import Episode
 _DATA, _MASK, _NOTES = "data", "mask", "robopref"
 
 
-class RobomimicSource:
+class RobomimicSource(Closing):
     """The demonstrations of a robomimic file, one episode each; see `robopref.types.EpisodeSource`.
 
     Attributes:
@@ -86,14 +86,6 @@ class RobomimicSource:
 
     def __len__(self) -> int:
         return len(self.demonstrations)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file."""
@@ -292,6 +284,10 @@ class RobomimicSource:
         array = self._file.array(f"{demo}/states") if self._file.has(f"{demo}/states") else None
         if array is None or 0 in array.shape:
             return None, False
+        whole = f"{demo}/{_NOTES}/states"
+        if self._file.has(whole):
+            kept = self._file.array(whole)
+            return self._numbers(whole, (length + 1, *kept.shape[1:])), False
         size = array.shape[1] if array.ndim == 2 else 1
         states, final = self._numbers(f"{demo}/states", (length, size)), f"{demo}/{_NOTES}/final_state"
         repeated = not self._file.has(final)
@@ -345,6 +341,7 @@ def write_robomimic(
     splits: Mapping[str, Sequence[int] | Int[np.ndarray, " n"]] | None = None,
     frames: Mapping[str, Callable[[int], UInt8[np.ndarray, "T+1 H W C"]]] | None = None,
     models: Callable[[int], str | None] | None = None,
+    flat_states: Callable[[Float[np.ndarray, "T+1 S"]], Float[np.ndarray, "T+1 F"]] | None = None,
     description: str = "",
 ) -> None:
     """Writes a file that robomimic reads, atomically, one episode at a time.
@@ -360,6 +357,8 @@ def write_robomimic(
         splits: named subsets, as indices of episodes; they become masks.
         frames: for each camera, what gives the frames of the episode with an index.
         models: gives the MJCF model of the episode with an index, or None where it has none.
+        flat_states: gives of an episode's states what robomimic's own tools take for states (time, positions and
+            velocities of MuJoCo), if that is not all of them; the whole ones are kept beside.
         description: free text.
 
     Raises:
@@ -386,7 +385,7 @@ def write_robomimic(
             if problem:
                 raise ValueError(f"cannot write {path}: episode {index} {problem}.")
             demo = data.create_group(f"demo_{index}")
-            _write_demo(demo, episode, keys)
+            _write_demo(demo, episode, keys, flat_states)
             for camera, give in (frames or {}).items():
                 _write_frames(demo, camera, give(index), f"cannot write {path}: episode {index}")
             model = models(index) if models else None
@@ -402,7 +401,12 @@ def write_robomimic(
         _write_masks(file, splits or {}, count, path)
 
 
-def _write_demo(demo: h5py.Group, episode: Episode, keys: Mapping[str, int]) -> None:
+def _write_demo(
+    demo: h5py.Group,
+    episode: Episode,
+    keys: Mapping[str, int],
+    flat_states: Callable[[Float[np.ndarray, "T+1 S"]], Float[np.ndarray, "T+1 F"]] | None,
+) -> None:
     length = len(episode)
     demo.attrs["num_samples"] = length
     demo["actions"] = episode.actions
@@ -415,7 +419,10 @@ def _write_demo(demo: h5py.Group, episode: Episode, keys: Mapping[str, int]) -> 
         demo[f"obs/{key}"], demo[f"next_obs/{key}"] = part[:-1], part[1:]
     if episode.states is not None:
         states = np.asarray(episode.states)
-        demo["states"], demo[f"{_NOTES}/final_state"] = states[:-1], states[-1:]
+        if flat_states is None:
+            demo["states"], demo[f"{_NOTES}/final_state"] = states[:-1], states[-1:]
+        else:
+            demo["states"], demo[f"{_NOTES}/states"] = flat_states(states)[:-1], states
     for name, info in episode.infos.items():
         demo[f"{_NOTES}/infos/{name}"] = np.asarray(info)
     write_notes(

@@ -147,3 +147,18 @@ def test_read_json_of_no_file_and_of_a_folder(tmp_path):
         files.read_json(tmp_path / "none.json")
     with pytest.raises(OSError, match=f"cannot be read: {os.strerror(errno.EISDIR)}"):
         files.read_json(tmp_path)
+
+
+def test_what_is_to_be_closed_is_closed_at_the_end_of_a_block() -> None:
+    class Door(files.Closing):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    with Door() as door:
+        assert not door.closed
+    assert door.closed == 1
+    with pytest.raises(KeyError), door:
+        raise KeyError
+    assert door.closed == 2

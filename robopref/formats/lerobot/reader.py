@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import gymnasium
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from robopref.files import Closing
 from robopref.formats.lerobot import layout
 from robopref.formats.lerobot.aside import Aside, row
 from robopref.formats.lerobot.index import (
@@ -43,7 +43,7 @@ _ENDS = ("next.reward", "next.done", "next.truncated", "next.terminated")
 _PICTURES = ("PNG", "JPEG")
 
 
-class LeRobotSource:
+class LeRobotSource(Closing):
     """Episodes of a LeRobot dataset; see `robopref.types.EpisodeSource`, whose contract this keeps.
 
     What becomes of the features: `action` is the action, in the rig's own units; vectors among `observation.*` are the
@@ -104,14 +104,6 @@ class LeRobotSource:
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Closes the file that was read last; the source can still be used."""

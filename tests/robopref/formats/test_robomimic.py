@@ -650,3 +650,31 @@ def test_a_file_that_robomimics_own_code_wrote_is_read(
             succeeded = np.append(0, path[1:, 0] > 0)
             if succeeded[:-1].any():
                 np.testing.assert_array_equal(episode.infos["dones"][:-1], succeeded[:-1])
+
+
+def test_states_that_hold_more_than_robomimic_expects_are_kept_beside(tmp_path: Path) -> None:
+    path = tmp_path / "flat.hdf5"
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(5, 6))
+    episode = Episode(
+        observations=rng.normal(size=(5, 2)),
+        actions=rng.uniform(-1, 1, (4, 1)).astype(np.float32),
+        rewards=np.zeros(4),
+        terminated=False,
+        truncated=True,
+        states=states,
+    )
+    write_robomimic(
+        path,
+        [episode],
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64),
+        action_space=gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32),
+        env={},
+        flat_states=lambda whole: whole[:, 1:4],
+    )
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["data/demo_0/states"], states[:-1, 1:4])
+    with read_robomimic(path) as source:
+        found = source.episode(0)
+        np.testing.assert_array_equal(found.states, states)
+        assert "final_state" not in found.origin
