@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from robopref.formats.lerobot import layout
 from robopref.formats.lerobot.layout import Feature
-from robopref.formats.lerobot.parquet import ParquetTable, Rows, column, to_numpy
+from robopref.formats.lerobot.parquet import ParquetTable, Rows, column, first_text, to_numpy
 
 
 class EpisodeIndex(Protocol):
@@ -191,7 +191,7 @@ def _read_tasks_3(root: Path) -> dict[int, str]:
     # repeat one long text without growing.
     columns = ["task_index", texts[0]]
     for batch in file.batches(rows, columns, {"task_index": 1}, batch_size=1, most=layout.MAX_JSON):
-        text = column(batch, texts[0])[0].as_py()
+        text = first_text(batch, texts[0], path)
         number = int(to_numpy(column(batch, "task_index"), index, path)[0, 0])
         length += len(text or "")
         if text is None or length > layout.MAX_JSON:

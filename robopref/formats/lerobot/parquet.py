@@ -63,7 +63,8 @@ class ParquetTable:
         self.groups = read_footer(path)
         with _reading(path):
             self._file = pq.ParquetFile(pa.OSFile(str(path), "rb"), page_checksum_verification=True)
-            fields = list(self._file.schema_arrow)
+            # Names are decoded when they are asked for.
+            fields = [field for field in self._file.schema_arrow if isinstance(field.name, str)]
         self.fields: list[pa.Field] = fields
         leaves = [_num_leaves(field.type) for field in fields]
         if any(len(group.chunks) != sum(leaves) for group in self.groups):
@@ -147,6 +148,17 @@ class ParquetTable:
 def column(batch: pa.RecordBatch, name: str) -> pa.Array:
     """A column by its name, whatever Arrow read beside it."""
     return batch.column(batch.schema.get_field_index(name))
+
+
+def first_text(batch: pa.RecordBatch, name: str, path: Path) -> str | None:
+    """The first text of a column, None where there is a gap.
+
+    Raises:
+        ValueError: it is not text in UTF-8.
+    """
+    with _reading(path):
+        text: str | None = column(batch, name)[0].as_py()
+    return text
 
 
 def to_numpy(values: pa.Array, feature: Feature, path: Path) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -419,3 +420,18 @@ def test_jumps_are_found() -> None:
     assert timestamp_jumps(np.array([0, 0.1, 0.2001]), 10, tolerance=1e-3).size == 0
     assert timestamp_jumps(np.array([0, 0.1, 0.2001]), 10, tolerance=1e-5).tolist() == [2]
     assert timestamp_jumps(np.zeros(1), 10).size == 0
+
+
+def test_texts_that_are_none_are_damage(recorded: Recorded, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(recorded("v3.0"), tmp_path / "dataset"))
+    file = path / "meta" / "tasks.parquet"
+    table = pq.read_table(file)
+    (name,) = (field.name for field in table.schema if field.name != "task_index")
+    content = bytearray(file.read_bytes())
+    for text in (table[name][0].as_py(), name):
+        damaged = bytearray(content)
+        for place in (match.start() for match in re.finditer(re.escape(text.encode()), bytes(content))):
+            damaged[place] = 0x80
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"tasks\.parquet is damaged or not a Parquet file|has a task|is no list"):
+            read_lerobot(path)
