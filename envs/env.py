@@ -32,6 +32,9 @@ Image = npt.NDArray[np.uint8]
 Action = npt.NDArray[np.float32]
 State = npt.NDArray[np.float64]
 
+LARGEST_SEED = 2**53 - 1
+"""Simulators whose states hold a seed keep it as float64."""
+
 
 class Env(gymnasium.Env[Any, Any], abc.ABC):
     """A simulated task that can be rebuilt from its `config` and put back exactly where it was.
@@ -58,6 +61,12 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         Raises:
             ValueError: `state` is not a state of this environment.
         """
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` can be kept in a state."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"the seed {seed} is not between 0 and {LARGEST_SEED}.")
 
 
 def check_action(action: npt.ArrayLike, space: gymnasium.spaces.Box[Any]) -> Action:

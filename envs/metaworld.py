@@ -34,11 +34,8 @@ from metaworld.policies.policy import Policy as ScriptedPolicy
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from envs import suggestion
-from envs.env import Action, Env, Observation, State, check_action
+from envs.env import LARGEST_SEED, Action, Env, Observation, State, check_action, check_seed
 from robopref.rendering import FlatRenderer
-
-LARGEST_SEED = 2**53 - 1
-"""Seeds are kept in states, as float64."""
 
 CPL_VIEW: Mapping[str, Any] = {
     "camera": "corner2",
@@ -104,12 +101,6 @@ def check_task(task: str) -> str:
     if task not in ALL_V3_ENVIRONMENTS:
         raise ValueError(f"Meta-World has no task {task!r}{suggestion(task, tasks())}")
     return task
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless `seed` can be kept in a state."""
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"the seed {seed} is not between 0 and {LARGEST_SEED}.")
 
 
 class MetaWorldEnv(Env):

@@ -42,11 +42,8 @@ import numpy.typing as npt
 from jaxtyping import Float
 
 from envs import suggestion
-from envs.env import Action, Env, Observation, State, check_action
+from envs.env import LARGEST_SEED, Action, Env, Observation, State, check_action, check_seed
 from robopref.rendering import VARIABLE, FlatRenderer
-
-LARGEST_SEED = 2**53 - 1
-"""Seeds are kept in states, as float64."""
 
 ROBOSUITE_TYPE = 1
 """What `env_args` of a robomimic file have as `type` where the environment is one of robosuite."""
@@ -302,8 +299,7 @@ class RobosuiteEnv(Env):
             ValueError: the seed is negative or above `LARGEST_SEED`.
         """
         if seed is not None:
-            if not 0 <= seed <= LARGEST_SEED:
-                raise ValueError(f"the seed {seed} is not between 0 and {LARGEST_SEED}.")
+            check_seed(seed)
             super().reset(seed=int(seed))
         self._begin(int(self.np_random.integers(LARGEST_SEED + 1)) if seed is None else int(seed))
         return self._observe(), self._info()
