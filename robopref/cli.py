@@ -718,7 +718,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _behaviour_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
+    names = _names(text)
     for name in names:
         if name not in BEHAVIOURS:
             raise argparse.ArgumentTypeError(f"there is no behaviour {name!r}{_nearest(name, list(BEHAVIOURS))}")

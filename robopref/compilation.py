@@ -46,7 +46,8 @@ def forget_oldest(folder: Path, max_bytes: int) -> None:
     for path in folder.glob("*-cache"):
         # Other processes may be at it as well.
         with contextlib.suppress(FileNotFoundError):
-            kept.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+            found = path.stat()
+            kept.append((found.st_mtime_ns, found.st_size, path))
     excess = sum(size for _, size, _ in kept) - max_bytes
     for _, size, path in sorted(kept):
         if excess <= 0:
