@@ -12,12 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-import gymnasium
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
-from robopref.files import Closing
 from robopref.formats.d4rl import read_d4rl, write_d4rl
 from robopref.formats.hdf5 import ForeignHDF5
 from robopref.formats.lerobot import read_lerobot, write_lerobot
@@ -32,18 +30,19 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 WITH_IMAGES: tuple[Format, ...] = ("robomimic", "lerobot")
 
 
-class StoredEpisodes(Closing):
+class StoredEpisodes(EpisodeSource):
     """A dataset of robopref's own, as an `EpisodeSource`; it has no cameras, because its images are rendered."""
 
     def __init__(self, dataset: EpisodeDataset) -> None:
         self.dataset = dataset
-        self.observation_space: gymnasium.spaces.Box = dataset.observation_space
-        self.action_space: gymnasium.spaces.Box = dataset.action_space
-        self.keys: Mapping[str, int] = dataset.keys
-        self.env: Mapping[str, Any] = dataset.env
+        self.path = dataset.path
+        self.observation_space = dataset.observation_space
+        self.action_space = dataset.action_space
+        self.keys = dataset.keys
+        self.env = dataset.env
         self.description = dataset.description
-        self.splits: Mapping[str, Int[np.ndarray, " n"]] = dataset.splits
-        self.cameras: Mapping[str, tuple[int, int, int]] = {}
+        self.splits = dataset.splits
+        self.cameras = {}
 
     def __len__(self) -> int:
         return len(self.dataset)

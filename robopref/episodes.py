@@ -18,7 +18,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,13 +218,8 @@ def write_episodes(
     """
     observation_box = flat_box(observation_space, "observation", str(path))
     action_box = flat_box(action_space, "action", str(path))
-    if not episodes:
-        raise ValueError(f"cannot write {path}: there are no episodes to store.")
+    episodes = list(checked_episodes(path, episodes, observation_box, action_box))
     state_size = 0 if episodes[0].states is None else int(np.shape(episodes[0].states)[-1])
-    for index, episode in enumerate(episodes):
-        problem = episode_problem(episode, observation_box, action_box, state_size)
-        if problem:
-            raise ValueError(f"cannot write {path}: episode {index} {problem}.")
     env_problem = json_problem(env)
     if env_problem:
         raise ValueError(f"cannot write {path}: env has no JSON form ({env_problem}).")
@@ -400,7 +395,31 @@ def flat_box(space: gymnasium.Space[Any], name: str, place: str) -> gymnasium.sp
     return space
 
 
-def episode_problem(
+def checked_episodes(
+    path: str | os.PathLike[str],
+    episodes: Iterable[Episode],
+    observation_box: gymnasium.spaces.Box,
+    action_box: gymnasium.spaces.Box,
+) -> Iterator[Episode]:
+    """Episodes that are to be written to `path`, one after another; all keep states like the first.
+
+    Raises:
+        ValueError: there are none, or one cannot be stored; the message names it by its index.
+    """
+    count = state_size = 0
+    for episode in episodes:
+        if not count and episode.states is not None:
+            state_size = int(np.shape(episode.states)[-1])
+        problem = _episode_problem(episode, observation_box, action_box, state_size)
+        if problem:
+            raise ValueError(f"cannot write {path}: episode {count} {problem}.")
+        count += 1
+        yield episode
+    if not count:
+        raise ValueError(f"cannot write {path}: there are no episodes to store.")
+
+
+def _episode_problem(
     episode: Episode, observation_box: gymnasium.spaces.Box, action_box: gymnasium.spaces.Box, state_size: int
 ) -> str | None:
     """What keeps an episode from being stored, as the rest of a sentence about it; None if nothing does."""

@@ -11,16 +11,19 @@ Axes in array annotations: B batch, T time, O observation, A action, K candidate
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Protocol, Self, SupportsFloat, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, SupportsFloat, TypeAlias
 
 import gymnasium
 import jax
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from robopref.files import Closing
 
 Key: TypeAlias = jax.Array
 """A typed PRNG key from `jax.random.key`."""
@@ -83,7 +86,7 @@ class Simulator(Protocol):
         ...
 
 
-class EpisodeSource(Protocol):
+class EpisodeSource(Closing, abc.ABC):
     """Episodes of a foreign dataset, as readers in formats/ give them: one at a time, as it may not fit into memory.
 
     It holds files open: use it as a context manager.
@@ -92,6 +95,7 @@ class EpisodeSource(Protocol):
     episode's origin says `final_observation: "repeated"`.
 
     Attributes:
+        path: where it is.
         observation_space: a flat Box: the vectors of the dataset, joined in the order of `keys`.
         action_space: a flat Box.
         keys: names of the parts of an observation, with the size of each, in their order.
@@ -101,6 +105,7 @@ class EpisodeSource(Protocol):
         cameras: names of images, with their [height, width, channels].
     """
 
+    path: Path
     observation_space: gymnasium.spaces.Box
     action_space: gymnasium.spaces.Box
     keys: Mapping[str, int]
@@ -109,8 +114,10 @@ class EpisodeSource(Protocol):
     splits: Mapping[str, Int[np.ndarray, " n"]]
     cameras: Mapping[str, tuple[int, int, int]]
 
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def episode(self, index: int) -> Episode:
         """Episode `index`, without images.
 
@@ -118,8 +125,8 @@ class EpisodeSource(Protocol):
             IndexError: there is no such episode.
             ValueError: the file is damaged there; the message names file and episode.
         """
-        ...
 
+    @abc.abstractmethod
     def frames(self, index: int, camera: str) -> UInt8[np.ndarray, "T+1 H W C"]:
         """What a camera saw during an episode; the last frame is repeated like the last observation.
 
@@ -127,13 +134,11 @@ class EpisodeSource(Protocol):
             IndexError: there is no such episode.
             ValueError: there is no such camera, or the file is damaged there.
         """
-        ...
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def check_index(self, index: int) -> None:
+        """Raises an IndexError unless there is such an episode."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path} has episodes 0 to {len(self) - 1}, so there is no episode {index}.")
 
 
 class Policy(Protocol):

@@ -118,6 +118,13 @@ def read_array(path: str | os.PathLike[str], *, max_bytes: int = MAX_PICKLE_BYTE
     return array
 
 
+def check_actions(actions: np.ndarray, what: str) -> None:
+    """Raises a ValueError that begins with `what` if an action lies outside [-1, 1]."""
+    largest = np.max(np.abs(actions))
+    if not largest <= 1 + 1e-6:
+        raise ValueError(f"{what} reach {largest:.4g}, but agents act in [-1, 1]; rescale the actions.")
+
+
 def _said(error: BaseException) -> str:
     """What an error says, as a sentence on one line."""
     text = " ".join(str(error).split()) or type(error).__name__

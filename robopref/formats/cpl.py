@@ -32,7 +32,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from robopref.formats import preference_transformer
-from robopref.formats.arrays import MAX_BYTES, read_npz
+from robopref.formats.arrays import MAX_BYTES, check_actions, read_npz
+from robopref.formats.hdf5 import floating
 from robopref.types import Preferences, Segments
 
 _KEYS = ("obs", "action", "reward")
@@ -107,10 +108,8 @@ def read_segments(path: str | os.PathLike[str], *, score: str = "rl_sum", max_by
             f" {list(actions.shape)}, reward {list(rewards.shape)} and {score} {list(scores.shape)}, which should be"
             " [N, T, O], [N, T, A], [N, T] and [N]."
         )
-    largest = np.max(np.abs(actions))
-    if largest > 1 + 1e-6:
-        raise ValueError(f"actions in {path} reach {largest:.4g}, but agents act in [-1, 1]; rescale the actions.")
-    return ScoredSegments(Segments(_floating(observations), _floating(actions)), _floating(rewards), _floating(scores))
+    check_actions(actions, f"actions in {path}")
+    return ScoredSegments(Segments(floating(observations), floating(actions)), floating(rewards), floating(scores))  # type: ignore[arg-type]
 
 
 def read_preferences(
@@ -144,7 +143,3 @@ def _number(path: str | os.PathLike[str], available: int, count: int | None) -> 
     if not 1 <= number <= available:
         raise ValueError(f"{path} has {available} pairs to compare, so there are no {number}; choose from 1.")
     return number
-
-
-def _floating(array: np.ndarray) -> Any:
-    return array if array.dtype.kind == "f" else array.astype(np.float64)

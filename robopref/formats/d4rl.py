@@ -38,10 +38,10 @@ import h5py
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from robopref.episodes import episode_problem, flat_box, json_problem
-from robopref.files import Closing, atomic_write
+from robopref.episodes import checked_episodes, flat_box, json_problem
+from robopref.files import atomic_write
 from robopref.formats.hdf5 import MAX_BYTES, ForeignHDF5, floating, space_notes, space_of_notes, write_notes
-from robopref.types import Episode
+from robopref.types import Episode, EpisodeSource
 
 _OBSERVATIONS, _NEXT, _STATE = "observations", "next_observations", "state"
 _REQUIRED = (_OBSERVATIONS, "actions", "rewards", "terminals")
@@ -51,19 +51,12 @@ _ROWS = 2**20
 _CHUNK_BYTES = 2**16
 
 
-class D4RLSource(Closing):
+class D4RLSource(EpisodeSource):
     """The episodes of a D4RL file; see `robopref.types.EpisodeSource`. There are no splits and no cameras."""
-
-    observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box
-    keys: Mapping[str, int]
-    env: Mapping[str, Any]
-    description: str
-    splits: Mapping[str, Int[np.ndarray, " n"]]
-    cameras: Mapping[str, tuple[int, int, int]]
 
     def __init__(self, path: str | os.PathLike[str], *, horizon: int | None, max_bytes: int) -> None:
         self._file = ForeignHDF5(path, max_bytes=max_bytes)
+        self.path = self._file.path
         try:
             self._open(horizon)
         except BaseException:
@@ -84,7 +77,7 @@ class D4RLSource(Closing):
             IndexError: there is no such episode.
             ValueError: the file is damaged there; the message names it and the array.
         """
-        self._check(index)
+        self.check_index(index)
         begin, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
         noted = self._noted[index] if self._noted else None
         origin = dict(noted["origin"] if noted else self._metadata)
@@ -120,12 +113,8 @@ class D4RLSource(Closing):
             IndexError: there is no such episode.
             ValueError: there is such an episode.
         """
-        self._check(index)
+        self.check_index(index)
         raise ValueError(f"{self._file.path} has no camera {camera!r}: D4RL's files keep no images.")
-
-    def _check(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self._file.path} has episodes 0 to {len(self) - 1}, so there is no episode {index}.")
 
     def _open(self, horizon: int | None) -> None:
         file = self._file
@@ -308,23 +297,17 @@ def write_d4rl(
     noted: list[dict[str, Any]] = []
     with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
         tables: dict[str, _Table] = {}
-        state_size = 0
-        for index, episode in enumerate(episodes):
-            if index == 0 and episode.states is not None:
-                state_size = int(np.shape(episode.states)[-1])
-            problem = episode_problem(episode, observation_box, action_box, state_size)
-            arrays = {} if problem else dict(_arrays(episode))
+        for index, episode in enumerate(checked_episodes(path, episodes, observation_box, action_box)):
+            arrays = dict(_arrays(episode))
             if index == 0:
                 tables = {name: _Table.make(file, name, rows) for name, rows in arrays.items()}
-            problem = problem or _misfit(arrays, tables)
+            problem = _misfit(arrays, tables)
             if problem:
                 raise ValueError(f"cannot write {path}: episode {index} {problem}.")
             for name, rows in arrays.items():
                 tables[name].append(rows)
             seed = None if episode.seed is None else int(episode.seed)
             noted.append({"seed": seed, "origin": dict(episode.origin), "truncated": bool(episode.truncated)})
-        if not noted:
-            raise ValueError(f"cannot write {path}: there are no episodes to store.")
         spaces = {"observation_space": space_notes(observation_box), "action_space": space_notes(action_box)}
         write_notes(file, {"description": description, "env": dict(env), "episodes": noted, **spaces})
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from robopref.formats.arrays import read_npz
+from robopref.formats.arrays import check_actions, read_npz
 from robopref.types import Preferences, Segments
 
 _KEYS = ("obs_1", "obs_2", "action_1", "action_2", "label")
@@ -51,9 +51,7 @@ def read_preferences(path: str | os.PathLike[str]) -> Preferences:
             f"label {outside[0]:g} in {path} is not in [0, 1]: 1 says that the second segment was preferred, 0 the"
             " first, 0.5 neither; convert the labels."
         )
-    largest = np.max(np.abs(actions))
-    if not largest <= 1 + 1e-6:
-        raise ValueError(f"actions in {path} reach {largest:.4g}, but agents act in [-1, 1]; rescale the actions.")
+    check_actions(actions, f"actions in {path}")
     return Preferences(Segments(observations, actions), labels)
 
 

@@ -44,8 +44,8 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from robopref.episodes import episode_problem, flat_box, json_problem
-from robopref.files import Closing, atomic_write
+from robopref.episodes import checked_episodes, flat_box, json_problem
+from robopref.files import atomic_write
 from robopref.formats.hdf5 import (
     MAX_BYTES,
     ForeignArray,
@@ -55,29 +55,23 @@ from robopref.formats.hdf5 import (
     space_of_notes,
     write_notes,
 )
-from robopref.types import Episode
+from robopref.types import Episode, EpisodeSource
 
 _DATA, _MASK, _NOTES = "data", "mask", "robopref"
 
 
-class RobomimicSource(Closing):
+class RobomimicSource(EpisodeSource):
     """The demonstrations of a robomimic file, one episode each; see `robopref.types.EpisodeSource`.
 
     Attributes:
         demonstrations: the name of each in the file, in the order of the episodes.
     """
 
-    observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box
-    keys: Mapping[str, int]
-    env: Mapping[str, Any]
-    description: str
-    splits: Mapping[str, Int[np.ndarray, " n"]]
-    cameras: Mapping[str, tuple[int, int, int]]
     demonstrations: tuple[str, ...]
 
     def __init__(self, path: str | os.PathLike[str], *, keys: Sequence[str] | None, max_bytes: int) -> None:
         self._file = ForeignHDF5(path, max_bytes=max_bytes)
+        self.path = self._file.path
         try:
             self._open(keys)
         except BaseException:
@@ -245,8 +239,7 @@ class RobomimicSource(Closing):
         return noted
 
     def _place(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self._file.path} has episodes 0 to {len(self) - 1}, so there is no episode {index}.")
+        self.check_index(index)
         return f"{_DATA}/{self.demonstrations[index]}"
 
     def _length(self, demo: str) -> int:
@@ -377,13 +370,7 @@ def write_robomimic(
     total, count = 0, 0
     with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group(_DATA)
-        state_size = 0
-        for index, episode in enumerate(episodes):
-            if index == 0 and episode.states is not None:
-                state_size = int(np.shape(episode.states)[-1])
-            problem = episode_problem(episode, observation_box, action_box, state_size)
-            if problem:
-                raise ValueError(f"cannot write {path}: episode {index} {problem}.")
+        for index, episode in enumerate(checked_episodes(path, episodes, observation_box, action_box)):
             demo = data.create_group(f"demo_{index}")
             _write_demo(demo, episode, keys, flat_states)
             for camera, give in (frames or {}).items():
@@ -392,8 +379,6 @@ def write_robomimic(
             if model is not None:
                 demo.attrs["model_file"] = model
             total, count = total + len(episode), index + 1
-        if not count:
-            raise ValueError(f"cannot write {path}: there are no episodes to store.")
         data.attrs["total"] = total
         data.attrs["env_args"] = json.dumps(dict(env), indent=4)
         spaces = {"observation_space": space_notes(observation_box), "action_space": space_notes(action_box)}

@@ -41,7 +41,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from robopref.episodes import EpisodeDataset
-from robopref.formats.arrays import read_array
+from robopref.formats.arrays import check_actions, read_array
 from robopref.queries import Labels, Queries
 from robopref.types import EpisodeSource, Preferences, Segments
 
@@ -128,11 +128,7 @@ class IndexedLabels:
                 into, of = slice(low - start, high - start), slice(low - begin, high - begin)
                 assert found is not None
                 observations[pair, side, into], actions[pair, side, into] = found.observations[of], found.actions[of]
-        largest = np.max(np.abs(actions))
-        if not largest <= 1 + 1e-6:
-            raise ValueError(
-                f"actions of the segments reach {largest:.4g}, but agents act in [-1, 1]; rescale the actions."
-            )
+        check_actions(actions, "actions of the segments")
         labels: Any = self.labels[chosen]
         return Preferences(Segments(observations, actions), labels)
 

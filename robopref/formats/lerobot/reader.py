@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from robopref.files import Closing
 from robopref.formats.lerobot import layout
 from robopref.formats.lerobot.aside import Aside, row
 from robopref.formats.lerobot.index import (
@@ -31,7 +30,7 @@ from robopref.formats.lerobot.index import (
 from robopref.formats.lerobot.layout import Feature
 from robopref.formats.lerobot.parquet import ParquetTable, column, to_numpy
 from robopref.formats.lerobot.video import read_frames
-from robopref.types import Episode
+from robopref.types import Episode, EpisodeSource
 
 MAX_BYTES = 2**32
 """The most memory that one array may take, unless the caller allows for more."""
@@ -43,7 +42,7 @@ _ENDS = ("next.reward", "next.done", "next.truncated", "next.terminated")
 _PICTURES = ("PNG", "JPEG")
 
 
-class LeRobotSource(Closing):
+class LeRobotSource(EpisodeSource):
     """Episodes of a LeRobot dataset; see `robopref.types.EpisodeSource`, whose contract this keeps.
 
     What becomes of the features: `action` is the action, in the rig's own units; vectors among `observation.*` are the
@@ -65,14 +64,6 @@ class LeRobotSource(Closing):
         lengths: the steps T of each episode.
         tasks: text by `task_index`.
     """
-
-    observation_space: gymnasium.spaces.Box
-    action_space: gymnasium.spaces.Box
-    keys: Mapping[str, int]
-    env: Mapping[str, Any]
-    description: str
-    splits: Mapping[str, Int[np.ndarray, " n"]]
-    cameras: Mapping[str, tuple[int, int, int]]
 
     def __init__(self, path: str | os.PathLike[str], *, keys: Sequence[str] | None, max_bytes: int) -> None:
         self.path = Path(path)
@@ -118,7 +109,7 @@ class LeRobotSource(Closing):
             IndexError: there is no such episode.
             ValueError: the dataset is damaged there; the message names file and episode.
         """
-        self._check_episode(index)
+        self.check_index(index)
         with _naming(index):
             frames = self._frames_table(index, self._columns)
             own = self._aside.episode(index, len(frames["action"])) if self._aside else None
@@ -133,7 +124,7 @@ class LeRobotSource(Closing):
             IndexError: there is no such episode.
             ValueError: there is no such camera, or the dataset is damaged there.
         """
-        self._check_episode(index)
+        self.check_index(index)
         if camera not in self.cameras:
             known = ", ".join(self.cameras) or "none at all"
             raise ValueError(f"{self.path} has no camera {camera!r}; its cameras are: {known}.")
@@ -146,10 +137,6 @@ class LeRobotSource(Closing):
                     "allowed; raise max_bytes if the dataset is to be trusted."
                 )
             return self._video(index, feature) if feature.dtype == "video" else self._images(index, feature)
-
-    def _check_episode(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path} has episodes 0 to {len(self) - 1}, so there is no episode {index}.")
 
     def _choose_keys(self, keys: Sequence[str] | None, place: Path) -> dict[str, int]:
         vectors = [
