@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 from robopref.agent import TrainState, adam
 from robopref.images import augment
 from robopref.losses import preference_loss, ranking_accuracy, smoothed
-from robopref.networks import MLP, Convolutions, Normalizer, Pixels, Trunk, apply, init, observation_shape
+from robopref.networks import MLP, Convolutions, Normalizer, Pixels, Transformer, Trunk, apply, init, observation_shape
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments
 
 
@@ -150,17 +150,10 @@ class PreferenceTransformer(nn.Module):
         states = nn.Dense(self.embed_dim, name="state")(observations) + positions
         choices = nn.Dense(self.embed_dim, name="action")(actions) + positions
         hidden = jnp.stack([states, choices], axis=-2).reshape(*batch, 2 * time, self.embed_dim)
-        hidden = nn.Dropout(self.dropout, deterministic=deterministic)(nn.LayerNorm()(hidden))
-        mask = jnp.tril(jnp.ones((1, 2 * time, 2 * time), bool))
-        for _ in range(self.layers):
-            attention = nn.MultiHeadDotProductAttention(
-                self.heads, dropout_rate=self.dropout, deterministic=deterministic
-            )(nn.LayerNorm()(hidden), mask=mask)
-            hidden += nn.Dropout(self.dropout, deterministic=deterministic)(attention)
-            inner = nn.gelu(nn.Dense(4 * self.embed_dim)(nn.LayerNorm()(hidden)))
-            inner = nn.Dense(self.embed_dim)(inner)
-            hidden += nn.Dropout(self.dropout, deterministic=deterministic)(inner)
-        embeddings: Array = nn.LayerNorm()(hidden)[..., 1::2, :]
+        mask = jnp.tril(jnp.ones((2 * time, 2 * time), bool))
+        transformer = Transformer(self.layers, self.heads, self.dropout)
+        hidden = transformer(nn.LayerNorm()(hidden), mask, deterministic=deterministic)
+        embeddings: Array = hidden[..., 1::2, :]
         return embeddings
 
 

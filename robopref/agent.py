@@ -21,7 +21,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from robopref.networks import Normalizer
-from robopref.types import Key, Metrics, PyTree
+from robopref.types import Key, Metrics, PyTree, Windows
 
 
 class Learner(Protocol):
@@ -217,3 +217,99 @@ class AgentPolicy(struct.PyTreeNode):
 
     def describe(self, seed: int) -> Mapping[str, str | float]:
         return {"behaviour": type(self.agent).__name__, "updates": float(self.agent.step)}
+
+
+def first_windows(
+    observations: Float[Array, "*B O"], length: int, action_dim: int, returns_to_go: float | Float[Array, "*B"] = 0.0
+) -> Windows:
+    """Windows at the first step of an episode, all before it empty."""
+    batch = observations.shape[:-1]
+    last = jnp.arange(length) == length - 1
+    return Windows(
+        observations=jnp.where(last[:, None], observations[..., None, :], 0.0),
+        actions=jnp.zeros((*batch, length, action_dim)),
+        returns_to_go=jnp.where(last, jnp.broadcast_to(jnp.asarray(returns_to_go), batch)[..., None], 0.0),
+        steps=jnp.zeros((*batch, length), jnp.int32),
+        mask=jnp.broadcast_to(last, (*batch, length)),
+    )
+
+
+class ContextAgent(Agent, Protocol):
+    """An agent that acts on the last steps of its episode."""
+
+    @property
+    def context(self) -> int:
+        """How many steps, the present one included."""
+        ...
+
+    @property
+    def action_dim(self) -> int: ...
+
+    def act_in_context(self, windows: Windows) -> Float[Array, "*B A"]:
+        """Actions at the last step of windows of `context` steps; what they hold as its action is not looked at."""
+        ...
+
+
+class ContextPolicy(struct.PyTreeNode):
+    """An agent with a memory as a `Policy`.
+
+    Attributes:
+        agent: a `ContextAgent`.
+        target_return: what an agent that is conditioned on returns is asked for, of which what it earns is taken off.
+        reward_function: a pytree that says what (observations, actions) earn; None takes the environment's word.
+    """
+
+    agent: Any
+    target_return: float = 0.0
+    reward_function: Any = None
+
+    def start(self, seeds: Int[np.ndarray, " B"]) -> _Memory | None:
+        return None
+
+    def step(
+        self, carry: _Memory | None, observations: Float[np.ndarray, "B O"]
+    ) -> tuple[Float[np.ndarray, "B A"], _Memory]:
+        actions, carry = _act_in_context(self, carry, jnp.asarray(observations, jnp.float32))
+        return np.asarray(actions), carry
+
+    def receive(self, carry: _Memory, rewards: Float[np.ndarray, " B"]) -> _Memory:
+        return carry if self.reward_function is not None else _earn(carry, jnp.asarray(rewards, jnp.float32))
+
+    def describe(self, seed: int) -> Mapping[str, str | float]:
+        return {"behaviour": type(self.agent).__name__, "updates": float(self.agent.step)}
+
+
+class _Memory(struct.PyTreeNode):
+    """The steps up to the last one, and what is still to be earned after it."""
+
+    windows: Windows
+    to_go: Float[Array, " B"]
+
+
+@jax.jit
+def _act_in_context(
+    policy: ContextPolicy, memory: _Memory | None, observations: Float[Array, "B O"]
+) -> tuple[Float[Array, "B A"], _Memory]:
+    agent = policy.agent
+    if memory is None:
+        to_go = jnp.full(len(observations), policy.target_return, jnp.float32)
+        windows = first_windows(observations, agent.context, agent.action_dim, to_go)
+    else:
+        to_go = memory.to_go
+        moved: Windows = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=1), memory.windows)
+        windows = moved.replace(
+            observations=moved.observations.at[:, -1].set(observations),
+            actions=moved.actions.at[:, -1].set(0.0),
+            returns_to_go=moved.returns_to_go.at[:, -1].set(to_go),
+            steps=moved.steps.at[:, -1].set(memory.windows.steps[:, -1] + 1),
+            mask=moved.mask.at[:, -1].set(True),
+        )
+    actions = agent.act_in_context(windows)
+    if policy.reward_function is not None:
+        to_go = to_go - policy.reward_function(observations, actions)
+    return actions, _Memory(windows.replace(actions=windows.actions.at[:, -1].set(actions)), to_go)
+
+
+@jax.jit
+def _earn(memory: _Memory, rewards: Float[Array, " B"]) -> _Memory:
+    return memory.replace(to_go=memory.to_go - rewards)

@@ -21,7 +21,7 @@ from robopref.episodes import EpisodeDataset
 from robopref.frames import FrameCache
 from robopref.networks import Normalizer
 from robopref.queries import Labels, Queries, check_answers
-from robopref.types import Key, Preferences, Rankings, Segments, Transitions
+from robopref.types import Key, Preferences, Rankings, Segments, Transitions, WindowPreferences, Windows
 
 
 class TransitionDataset(struct.PyTreeNode):
@@ -166,6 +166,148 @@ class RankingDataset(struct.PyTreeNode):
 
     def sample(self, key: Key, batch_size: int) -> Rankings:
         return self.take(jax.random.randint(key, (batch_size,), 0, len(self.sets)))
+
+
+class WindowDataset(struct.PyTreeNode):
+    """Steps of episodes, each with those that follow; `sample` gives `Windows`.
+
+    A window begins at any step, so that long episodes are drawn more often, and ends after `length` steps or with its
+    episode.
+    """
+
+    observations: Float[Array, "R O"]
+    actions: Float[Array, "R A"]
+    returns_to_go: Float[Array, " R"]
+    steps: Int[Array, " R"]
+    left: Int[Array, " R"]
+    rows: Int[Array, " N"]
+    length: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(
+        cls,
+        dataset: EpisodeDataset,
+        length: int,
+        *,
+        episodes: Sequence[int] | None = None,
+        rewards: Float[np.ndarray, " R"] | None = None,
+    ) -> WindowDataset:
+        """Windows of the chosen episodes, or of all of them; with `rewards`, returns are of these."""
+        if length < 1:
+            raise ValueError(f"a window has at least 1 step, not {length}.")
+        check_actions(dataset)
+        every = np.arange(len(dataset))
+        chosen = every if episodes is None else np.unique(episodes)
+        if not len(chosen) or np.any(~np.isin(chosen, every)):
+            raise ValueError(f"{dataset.path} has episodes 0 to {len(dataset) - 1}; choose at least one of these.")
+        offsets, lengths = dataset.offsets[:-1], dataset.lengths
+        steps = np.arange(len(dataset.rewards)) - np.repeat(offsets, lengths + 1)
+        left = np.repeat(lengths, lengths + 1) - steps
+        return cls(
+            observations=jnp.asarray(dataset.observations, jnp.float32),
+            actions=jnp.asarray(dataset.actions, jnp.float32),
+            returns_to_go=jnp.asarray(sums_ahead(dataset, None, rewards), jnp.float32),
+            steps=jnp.asarray(steps, jnp.int32),
+            left=jnp.asarray(left, jnp.int32),
+            rows=jnp.asarray(np.concatenate([offsets[i] + np.arange(lengths[i]) for i in chosen]), jnp.int32),
+            length=length,
+        )
+
+    def take(self, indices: Int[Array, "*B"]) -> Windows:
+        return self.at(self.rows[indices])
+
+    def at(self, rows: Int[Array, "*B"]) -> Windows:
+        """The windows that begin at these rows of the dataset."""
+        before = jnp.maximum(self.length - self.left[rows], 0)
+        places = jnp.arange(self.length) - before[..., None]
+        mask = places >= 0
+        every = rows[..., None] + jnp.maximum(places, 0)
+        return Windows(
+            observations=jnp.where(mask[..., None], self.observations[every], 0.0),
+            actions=jnp.where(mask[..., None], self.actions[every], 0.0),
+            returns_to_go=jnp.where(mask, self.returns_to_go[every], 0.0),
+            steps=jnp.where(mask, self.steps[every], 0),
+            mask=mask,
+        )
+
+    def sample(self, key: Key, batch_size: int) -> Windows:
+        return self.take(jax.random.randint(key, (batch_size,), 0, self.rows.shape[0]))
+
+
+class WindowPreferenceDataset(struct.PyTreeNode):
+    """Labelled pairs as windows; `sample` gives `WindowPreferences`. Skipped queries are left out.
+
+    Labels may be about longer segments than the windows, which then are the first steps of these. With
+    `with_unlabelled`, a batch also has as many windows from anywhere as it has pairs, twice.
+    """
+
+    windows: WindowDataset
+    pairs: Int[Array, "N 2"]
+    labels: Float[Array, " N"]
+    with_unlabelled: bool = struct.field(pytree_node=False, default=True)
+
+    @classmethod
+    def create(
+        cls, windows: WindowDataset, queries: Queries, labels: Labels, *, with_unlabelled: bool = True
+    ) -> WindowPreferenceDataset:
+        """`windows` are of the dataset that the queries are about."""
+        if labels.values is None:
+            raise ValueError(f"the labels of {labels.labeler!r} are orders of K segments, not of pairs.")
+        answered = answered_queries(queries, labels)
+        if windows.left.shape[0] != len(queries.dataset.rewards):
+            raise ValueError(f"the windows are not of {queries.dataset.path}, which the queries are about.")
+        return cls(
+            windows=windows,
+            pairs=jnp.asarray(queries.dataset.offsets[answered.episodes] + answered.starts, jnp.int32),
+            labels=jnp.asarray(labels.values[labels.answered], jnp.float32),
+            with_unlabelled=with_unlabelled,
+        )
+
+    def take(self, indices: Int[Array, "*B"]) -> WindowPreferences:
+        return WindowPreferences(windows=self.windows.at(self.pairs[indices]), labels=self.labels[indices])
+
+    def sample(self, key: Key, batch_size: int) -> WindowPreferences:
+        pair_key, window_key = jax.random.split(key)
+        labelled = self.take(jax.random.randint(pair_key, (batch_size,), 0, self.labels.shape[0]))
+        if not self.with_unlabelled:
+            return labelled
+        return labelled.replace(unlabelled=self.windows.sample(window_key, 2 * batch_size))
+
+
+class EndlessPreferences(struct.PyTreeNode):
+    """Pairs drawn anew for every batch, labelled by which earns more; `sample` gives `WindowPreferences`.
+
+    What OPPO was published with (Kang et al. 2023, arXiv:2305.16217): as many labels as there are updates times pairs.
+    """
+
+    windows: WindowDataset
+    sums: Float[Array, " R"]
+
+    @classmethod
+    def create(cls, windows: WindowDataset, dataset: EpisodeDataset, horizon: int) -> EndlessPreferences:
+        """Labels compare the rewards of `horizon` steps from a window's first on, or up to its episode's end."""
+        return cls(windows=windows, sums=jnp.asarray(sums_ahead(dataset, horizon), jnp.float32))
+
+    def sample(self, key: Key, batch_size: int) -> WindowPreferences:
+        rows = self.windows.rows[jax.random.randint(key, (batch_size, 2), 0, self.windows.rows.shape[0])]
+        first, second = self.sums[rows[:, 0]], self.sums[rows[:, 1]]
+        return WindowPreferences(windows=self.windows.at(rows), labels=0.5 + 0.5 * jnp.sign(second - first))
+
+
+def sums_ahead(
+    dataset: EpisodeDataset, horizon: int | None, rewards: Float[np.ndarray, " R"] | None = None
+) -> Float[np.ndarray, " R"]:
+    """The rewards of the next `horizon` steps of the same episode, or of all that are left, summed, for every row."""
+    rewards = np.asarray(dataset.rewards if rewards is None else rewards, np.float64)
+    if rewards.shape != dataset.rewards.shape:
+        raise ValueError(f"there are {rewards.shape} rewards where {dataset.path} has {dataset.rewards.shape} rows.")
+    ahead = np.zeros_like(rewards)
+    for begin, length in zip(dataset.offsets[:-1], dataset.lengths, strict=True):
+        total = np.concatenate([[0.0], np.cumsum(rewards[begin : begin + length])])
+        steps = np.arange(length)
+        ends = length if horizon is None else np.minimum(steps + horizon, length)
+        ahead[begin : begin + length] = total[ends] - total[steps]
+    return ahead
 
 
 def _observed(

@@ -7,7 +7,7 @@ Observations are vectors [O] or images [H, W, C] with values from 0 to 255. The 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from robopref.types import Key, PyTree
 
@@ -172,6 +172,39 @@ class DeterministicPolicy(nn.Module):
         if self.pixels is not None:
             observations = Trunk(self.pixels.features)(Convolutions(self.pixels)(observations))
         return jnp.tanh(MLP(self.hidden_dims, self.action_dim, self.dropout)(observations, deterministic=deterministic))
+
+
+class Transformer(nn.Module):
+    """Blocks of self-attention and a network of one hidden layer, four times as wide, each with a residual connection.
+
+    Layer normalisation comes before either part, and once more at the end (GPT-2), or after each residual connection
+    (`post_norm`; BERT). Attention goes from every token to those that `mask` allows; a token that sees none, as padding
+    may be, gives something finite that no other token sees.
+    """
+
+    layers: int
+    heads: int
+    dropout: float = 0.0
+    post_norm: bool = False
+    activation: Callable[[Array], Array] = nn.gelu
+
+    @nn.compact
+    def __call__(
+        self, tokens: Float[Array, "*B N E"], mask: Bool[Array, "*#B N N"], *, deterministic: bool = True
+    ) -> Float[Array, "*B N E"]:
+        width = tokens.shape[-1]
+        dropout = partial(nn.Dropout, self.dropout, deterministic=deterministic)
+        hidden = dropout()(nn.LayerNorm()(tokens) if self.post_norm else tokens)
+        for _ in range(self.layers):
+            attend = nn.MultiHeadDotProductAttention(self.heads, dropout_rate=self.dropout, deterministic=deterministic)
+            normalize, renormalize = nn.LayerNorm(), nn.LayerNorm()
+            attended = dropout()(attend(hidden if self.post_norm else normalize(hidden), mask=mask[..., None, :, :]))
+            hidden = normalize(hidden + attended) if self.post_norm else hidden + attended
+            inner = self.activation(nn.Dense(4 * width)(hidden if self.post_norm else renormalize(hidden)))
+            added = dropout()(nn.Dense(width)(inner))
+            hidden = renormalize(hidden + added) if self.post_norm else hidden + added
+        output: Array = hidden if self.post_norm else nn.LayerNorm()(hidden)
+        return output
 
 
 def observation_shape(observations: Array, pixels: Pixels | None) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from jaxtyping import Float
 
 from robopref.files import Closing
 from robopref.processes import end_with_parent
 from robopref.progress import ProgressCallback
-from robopref.types import Episode, Policy
+from robopref.types import Episode, Policy, RewardedPolicy
 
 MakeEnv = Callable[[], gymnasium.Env[Any, Any]]
 
@@ -146,10 +147,17 @@ class _Lanes:
             observations = np.stack([recorder.observation for recorder in recorders])
             observations = np.concatenate([observations, np.repeat(observations[-1:], padding, axis=0)])
             actions, carry = policy.step(carry, observations)
-            for recorder, action in zip(recorders, actions, strict=False):
+            rewards = np.zeros(self._count)
+            for lane, (recorder, action) in enumerate(zip(recorders, actions, strict=False)):
                 if recorder.running:
-                    recorder.step(action, stop_on_success=stop_on_success)
+                    rewards[lane] = recorder.step(action, stop_on_success=stop_on_success)
+            carry = tell(policy, carry, rewards)
         return [recorder.episode(policy.describe(seed)) for recorder, seed in zip(recorders, seeds, strict=True)]
+
+
+def tell(policy: Policy, carry: Any, rewards: Float[np.ndarray, " B"]) -> Any:
+    """The carry of a policy after a step of B environments, which is told the rewards if it wants to know."""
+    return policy.receive(carry, rewards) if isinstance(policy, RewardedPolicy) else carry
 
 
 class EpisodeRecorder:
@@ -258,7 +266,8 @@ def film_episode(
     step, solved_at, over = 0, None, False
     while not over:
         actions, carry = policy.step(carry, np.asarray(observation)[None])
-        observation, _, terminated, truncated, info = env.step(np.array(actions[0], env.action_space.dtype))
+        observation, reward, terminated, truncated, info = env.step(np.array(actions[0], env.action_space.dtype))
+        carry = tell(policy, carry, np.asarray([reward], float))
         step += 1
         if solved_at is None and info.get("success", False):
             solved_at = step

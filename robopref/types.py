@@ -1,7 +1,8 @@
 """The data that flows through robopref: episodes, queries, labels, and the batches that agents learn from.
 
 Two families live here. *Host* types (`Episode`, `Policy`, `Simulator`) hold NumPy arrays and meet simulators and files.
-*Device* types (`Segments`, `Transitions`, `Preferences`, `Rankings`) are pytrees of JAX arrays and meet agents.
+*Device* types (`Segments`, `Transitions`, `Windows`, `Preferences`, `Rankings`, ...) are pytrees of JAX arrays and meet
+agents.
 
 **The label convention, everywhere in robopref:** a label is P(the second segment is preferred). 0 means that the first
 was preferred, 1 the second, 0.5 a tie; any value between is a soft label. Readers of foreign files convert to it.
@@ -15,7 +16,7 @@ import abc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, SupportsFloat, TypeAlias
+from typing import Any, Protocol, SupportsFloat, TypeAlias, runtime_checkable
 
 import gymnasium
 import jax
@@ -160,6 +161,15 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class RewardedPolicy(Policy, Protocol):
+    """A policy that is also told what its actions earned, such as one that is asked for a certain return."""
+
+    def receive(self, carry: Any, rewards: Float[np.ndarray, " B"]) -> Any:
+        """The next carry, after each step of B environments."""
+        ...
+
+
 class Segments(struct.PyTreeNode):
     """Stretches of T steps of experience, without rewards: what a labeler is shown and an agent may learn from."""
 
@@ -182,6 +192,32 @@ class Preferences(struct.PyTreeNode):
 
     segments: Segments
     labels: Float[Array, "*B"]
+
+
+class Windows(struct.PyTreeNode):
+    """Up to T successive steps of an episode, the last at the end: what a policy with a memory learns from and acts on.
+
+    Where `mask` is False there was no step: the window begins later. Nothing may depend on what is held there.
+
+    Attributes:
+        returns_to_go: rewards from each step to the end of its episode, summed.
+        steps: made before each step, since its episode began.
+        mask: which of them are steps.
+    """
+
+    observations: Float[Array, "*B T O"]
+    actions: Float[Array, "*B T A"]
+    returns_to_go: Float[Array, "*B T"]
+    steps: Int[Array, "*B T"]
+    mask: Bool[Array, "*B T"]
+
+
+class WindowPreferences(struct.PyTreeNode):
+    """Labelled pairs of windows, with axes [*B, 2, T, ...], and windows that nobody labelled, if there are any."""
+
+    windows: Windows
+    labels: Float[Array, "*B"]
+    unlabelled: Windows | None = None
 
 
 class Rankings(struct.PyTreeNode):

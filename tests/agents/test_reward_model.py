@@ -99,7 +99,8 @@ def transformer_rewards(params: Any, observations: np.ndarray, actions: np.ndarr
         position = params["position"]["embedding"][t]
         tokens += [dense(observations[t], params["state"]) + position, dense(actions[t], params["action"]) + position]
     hidden = layer_norm(np.stack(tokens), params["LayerNorm_0"])
-    attention, normed = params["MultiHeadDotProductAttention_0"], layer_norm(hidden, params["LayerNorm_1"])
+    block = params["Transformer_0"]
+    attention, normed = block["MultiHeadDotProductAttention_0"], layer_norm(hidden, block["LayerNorm_0"])
     attended = np.zeros_like(hidden)
     for head in range(SMALL["heads"]):
         projected = [
@@ -111,9 +112,9 @@ def transformer_rewards(params: Any, observations: np.ndarray, actions: np.ndarr
             weights = softmax(key[: i + 1] @ query[i] / np.sqrt(key.shape[-1]))
             attended[i] += (weights @ value[: i + 1]) @ attention["out"]["kernel"][head]
     hidden = hidden + attended + attention["out"]["bias"]
-    inner = dense(layer_norm(hidden, params["LayerNorm_2"]), params["Dense_0"])
+    inner = dense(layer_norm(hidden, block["LayerNorm_1"]), block["Dense_0"])
     inner = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
-    hidden = layer_norm(hidden + dense(inner, params["Dense_1"]), params["LayerNorm_3"])[1::2]
+    hidden = layer_norm(hidden + dense(inner, block["Dense_1"]), block["LayerNorm_2"])[1::2]
     rewards, query, key = (dense(hidden, params[name]) for name in ("reward", "query", "key"))
     weights = np.mean([softmax(key @ one / np.sqrt(SMALL["embed_dim"])) for one in query], axis=0)
     return len(actions) * weights * rewards[:, 0]
