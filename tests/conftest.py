@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,24 @@ def dataset(episodes: list[Episode], tmp_path_factory: pytest.TempPathFactory) -
         env={"name": "point"},
     )
     return load_episodes(path)
+
+
+@pytest.fixture
+def human_archive() -> Callable[[str], Path]:
+    """Finds a file of the published human labels where ROBOPREF_DATA says, or in shared/data in or above the checkout.
+
+    The test is skipped where it is not.
+    """
+
+    def find(name: str) -> Path:
+        root, given = Path(__file__).resolve().parent.parent, os.environ.get("ROBOPREF_DATA")
+        places = [Path(given)] if given else [place / "shared" / "data" for place in (root, *root.parents)]
+        for folder in (folder for place in places for folder in (place, place / "human_preferences")):
+            if (folder / name).is_file():
+                return folder / name
+        pytest.skip(
+            f"{name} is not here; set ROBOPREF_DATA to a copy of datasets/preference_transformer of the"
+            " inverse-preference-learning repository"
+        )
+
+    return find

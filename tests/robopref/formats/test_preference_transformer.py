@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +106,7 @@ def test_repeated_pairs_are_found_in_either_order(tmp_path: Path) -> None:
 
 # The real files
 
-
-def real(name: str) -> Preferences:
-    """A real archive from the folder that ROBOPREF_DATA names, or from shared/data in or above the checkout."""
-    root = Path(__file__).resolve().parents[3]
-    given = os.environ.get("ROBOPREF_DATA")
-    places = [Path(given)] if given else [place / "shared" / "data" for place in (root, *root.parents)]
-    for place in places:
-        for folder in (place, place / "human_preferences"):
-            if (folder / name).is_file():
-                return read_preferences(folder / name)
-    pytest.skip(
-        f"{name} is not here; set ROBOPREF_DATA to a copy of datasets/preference_transformer of the"
-        " inverse-preference-learning repository"
-    )
+Find = Callable[[str], Path]
 
 
 def agreement(statistics: np.ndarray, labels: np.ndarray) -> float:
@@ -129,16 +115,16 @@ def agreement(statistics: np.ndarray, labels: np.ndarray) -> float:
     return float(((statistics[:, 1] > statistics[:, 0]) == (labels > 0.5))[decided].mean())
 
 
-def test_people_prefer_the_faster_walker() -> None:
+def test_people_prefer_the_faster_walker(human_archive: Find) -> None:
     """Observation 8 of Walker2d is the velocity along x. Read the wrong way round, 20% would agree."""
-    pairs = real("walker2d-medium-expert-v2/num100_human_train.npz")
+    pairs = read_preferences(human_archive("walker2d-medium-expert-v2/num100_human_train.npz"))
     assert pairs.segments.observations.shape == (100, 2, 100, 17)
     assert agreement(pairs.segments.observations[..., 8].mean(axis=-1), pairs.labels) > 0.75
 
 
-def test_the_script_prefers_the_higher_cube() -> None:
+def test_the_script_prefers_the_higher_cube(human_archive: Find) -> None:
     """Observations 0 to 2 of Lift are the cube's place; the script rewards lifting it, and no decided label errs."""
-    pairs = real("Lift/num100_q50_script_train.npz")
+    pairs = read_preferences(human_archive("Lift/num100_q50_script_train.npz"))
     assert agreement(pairs.segments.observations[..., -1, 2], pairs.labels) == 1.0
 
 
@@ -152,8 +138,8 @@ def test_the_script_prefers_the_higher_cube() -> None:
         "walker2d-medium-expert-v2/num100_human",
     ],
 )
-def test_the_published_evaluation_pairs_are_the_last_training_pairs(stem: str) -> None:
-    train, evaluation = real(f"{stem}_train.npz"), real(f"{stem}_eval.npz")
+def test_the_published_evaluation_pairs_are_the_last_training_pairs(stem: str, human_archive: Find) -> None:
+    train, evaluation = (read_preferences(human_archive(f"{stem}_{part}.npz")) for part in ("train", "eval"))
     assert (len(train.labels), len(evaluation.labels)) == (100, 10)
     assert repeated_pairs(evaluation, train).all()
     np.testing.assert_array_equal(evaluation.labels, train.labels[-10:])

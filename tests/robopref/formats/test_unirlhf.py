@@ -131,17 +131,14 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("dataset", ANSWERS)
-def test_the_pickles_agree_with_the_archives_of_the_same_labels(tmp_path: Path, dataset: str) -> None:
+def test_the_pickles_agree_with_the_archives_of_the_same_labels(
+    tmp_path: Path, dataset: str, human_archive: Callable[[str], Path]
+) -> None:
     """Where the archives are, whose direction the speed of the walkers confirms, these labels are the same."""
     answers = [{"<": 0, ">": 1, "=": -1}[each] for each in ANSWERS[dataset]]
     read = read_labels(folder_of(tmp_path, answers, range(500), range(500), "preference transformer"))
-    root, given_place = Path(__file__).resolve().parents[3], os.environ.get("ROBOPREF_DATA")
-    places = [Path(given_place)] if given_place else [each / "shared" / "data" for each in (root, *root.parents)]
-    name = Path(dataset) / "num100_human_train.npz"
-    found = [path for place in places for path in (place / name, place / "human_preferences" / name) if path.is_file()]
-    if not found:
-        pytest.skip(f"{name} is not here; set ROBOPREF_DATA to a copy of datasets/preference_transformer")
-    np.testing.assert_array_equal(read.labels, preference_transformer.read_preferences(found[0]).labels)
+    archive = human_archive(f"{dataset}/num100_human_train.npz")
+    np.testing.assert_array_equal(read.labels, preference_transformer.read_preferences(archive).labels)
 
 
 def test_indices_beyond_the_labels_are_left(tmp_path: Path) -> None:
