@@ -1,7 +1,8 @@
 """Datasets of episodes in any format that robopref knows: recognised, opened, converted, in whole or in part.
 
 What a format keeps and what it leaves out is said in its own module under formats/. Here a conversion refuses to drop
-images silently: only robomimic's and LeRobot's files have a place for them.
+images silently: only robomimic's and LeRobot's files have a place for them. From one robomimic file to another, each
+episode keeps its MJCF model and what robomimic's own tools take for states; no other format has a place for these.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Real, UInt8
 
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
 from robopref.formats.d4rl import read_d4rl, write_d4rl
 from robopref.formats.hdf5 import ForeignHDF5
 from robopref.formats.lerobot import read_lerobot, write_lerobot
-from robopref.formats.robomimic import read_robomimic, write_robomimic
+from robopref.formats.robomimic import RobomimicSource, read_robomimic, write_robomimic
 from robopref.progress import ProgressCallback
 from robopref.types import Episode, EpisodeSource
 
@@ -134,7 +135,7 @@ def convert(
     fps: int | None = None,
     task: str | None = None,
     env: Mapping[str, Any] | None = None,
-    flat_states: Callable[[Float[np.ndarray, "T+1 S"]], Float[np.ndarray, "T+1 F"]] | None = None,
+    flat_states: Callable[[Float[np.ndarray, "T S"]], Float[np.ndarray, "T F"]] | None = None,
     models: Callable[[Float[np.ndarray, " S"]], str] | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
@@ -153,8 +154,9 @@ def convert(
             the description or the environment's name by default.
         env: how the environment was made, in the form that the format's other readers expect; as the source has it by
             default.
-        flat_states: of the states of an episode, what robomimic's own tools expect; for that format alone.
-        models: the MJCF model to which a state belongs; for that format alone.
+        flat_states: of states, what robomimic's own tools expect; for that format alone, and for episodes of which the
+            source does not keep it itself.
+        models: the MJCF model to which a state belongs; likewise.
         progress: called with the episodes written and their number.
 
     Raises:
@@ -187,15 +189,14 @@ def convert(
     }
     episodes = _read(source, chosen, progress)
     if format == "robomimic":
-        give = None if models is None else partial(_model_of, source, chosen, models)
         write_robomimic(
             path,
             episodes,
             keys=source.keys,
             splits=splits,
             frames=frames,
-            models=give,
-            flat_states=flat_states,
+            models=partial(_model_of, source, chosen, models),
+            flat_states=partial(_flat_states_of, source, chosen, flat_states),
             **common,
         )
     elif format == "lerobot":
@@ -213,10 +214,29 @@ def _frames_of(source: EpisodeSource, chosen: Sequence[int], camera: str, place:
 
 
 def _model_of(
-    source: EpisodeSource, chosen: Sequence[int], models: Callable[[Float[np.ndarray, " S"]], str], place: int
+    source: EpisodeSource,
+    chosen: Sequence[int],
+    models: Callable[[Float[np.ndarray, " S"]], str] | None,
+    place: int,
+    episode: Episode,
 ) -> str | None:
-    states = source.episode(chosen[place]).states
-    return None if states is None else models(states[0])
+    own = source.model(chosen[place]) if isinstance(source, RobomimicSource) else None
+    if own is not None or models is None or episode.states is None:
+        return own
+    return models(episode.states[0])
+
+
+def _flat_states_of(
+    source: EpisodeSource,
+    chosen: Sequence[int],
+    flat_states: Callable[[Float[np.ndarray, "T S"]], Float[np.ndarray, "T F"]] | None,
+    place: int,
+    episode: Episode,
+) -> Real[np.ndarray, "T F"] | None:
+    own = source.flat_states(chosen[place]) if isinstance(source, RobomimicSource) else None
+    if own is not None or flat_states is None or episode.states is None:
+        return own
+    return flat_states(episode.states[:-1])
 
 
 def _read(source: EpisodeSource, chosen: Sequence[int], progress: ProgressCallback | None) -> Iterator[Episode]:

@@ -42,7 +42,7 @@ from typing import Any
 import gymnasium
 import h5py
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Real, UInt8
 
 from robopref.episodes import checked_episodes, flat_box, json_problem
 from robopref.files import atomic_write
@@ -147,6 +147,18 @@ class RobomimicSource(EpisodeSource):
         """
         model = self._file.attribute(self._place(index), "model_file")
         return None if model is None else str(model)
+
+    def flat_states(self, index: int) -> Real[np.ndarray, "T F"] | None:
+        """What robomimic's own tools take for the states of demonstration `index`, if the whole ones are kept beside.
+
+        Raises:
+            IndexError: there is no such episode.
+            ValueError: the file is damaged there.
+        """
+        demo = self._place(index)
+        if not self._file.has(f"{demo}/states") or not self._file.has(f"{demo}/{_NOTES}/states"):
+            return None
+        return self._read(f"{demo}/states", self._length(demo), self._file.array(f"{demo}/states").shape[1:])
 
     def _open(self, keys: Sequence[str] | None) -> None:
         file = self._file
@@ -333,8 +345,8 @@ def write_robomimic(
     keys: Mapping[str, int] | None = None,
     splits: Mapping[str, Sequence[int] | Int[np.ndarray, " n"]] | None = None,
     frames: Mapping[str, Callable[[int], UInt8[np.ndarray, "T+1 H W C"]]] | None = None,
-    models: Callable[[int], str | None] | None = None,
-    flat_states: Callable[[Float[np.ndarray, "T+1 S"]], Float[np.ndarray, "T+1 F"]] | None = None,
+    models: Callable[[int, Episode], str | None] | None = None,
+    flat_states: Callable[[int, Episode], Real[np.ndarray, "T F"] | None] | None = None,
     description: str = "",
 ) -> None:
     """Writes a file that robomimic reads, atomically, one episode at a time.
@@ -349,13 +361,15 @@ def write_robomimic(
             default, which is robomimic's name for observations without parts.
         splits: named subsets, as indices of episodes; they become masks.
         frames: for each camera, what gives the frames of the episode with an index.
-        models: gives the MJCF model of the episode with an index, or None where it has none.
-        flat_states: gives of an episode's states what robomimic's own tools take for states (time, positions and
-            velocities of MuJoCo), if that is not all of them; the whole ones are kept beside.
+        models: gives the MJCF model of an episode, of which it is told the index too, or None where it has none.
+        flat_states: gives what robomimic's own tools take for the states of an episode before each action (time,
+            positions and velocities of MuJoCo), if that is not all of them; the whole ones are kept beside. None says
+            that it is all of them. Episodes without states are not asked about.
         description: free text.
 
     Raises:
-        ValueError: the spaces, an episode, its frames, a split, `keys` or `env` do not fit; the message says which.
+        ValueError: the spaces, an episode, its frames, flat states or model, a split, `keys` or `env` do not fit; the
+            message says which.
         FileExistsError: `path` exists.
         OSError: the folder cannot be written to.
     """
@@ -371,13 +385,16 @@ def write_robomimic(
     with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group(_DATA)
         for index, episode in enumerate(checked_episodes(path, episodes, observation_box, action_box)):
-            demo = data.create_group(f"demo_{index}")
-            _write_demo(demo, episode, keys, flat_states)
+            demo, failure = data.create_group(f"demo_{index}"), f"cannot write {path}: episode {index}"
+            _write_demo(demo, episode, keys)
+            if episode.states is not None:
+                flat = flat_states(index, episode) if flat_states else None
+                _write_states(demo, np.asarray(episode.states), flat, failure)
             for camera, give in (frames or {}).items():
-                _write_frames(demo, camera, give(index), f"cannot write {path}: episode {index}")
-            model = models(index) if models else None
+                _write_frames(demo, camera, give(index), failure)
+            model = models(index, episode) if models else None
             if model is not None:
-                demo.attrs["model_file"] = model
+                _write_model(demo, model, failure)
             total, count = total + len(episode), index + 1
         data.attrs["total"] = total
         data.attrs["env_args"] = json.dumps(dict(env), indent=4)
@@ -386,12 +403,7 @@ def write_robomimic(
         _write_masks(file, splits or {}, count, path)
 
 
-def _write_demo(
-    demo: h5py.Group,
-    episode: Episode,
-    keys: Mapping[str, int],
-    flat_states: Callable[[Float[np.ndarray, "T+1 S"]], Float[np.ndarray, "T+1 F"]] | None,
-) -> None:
+def _write_demo(demo: h5py.Group, episode: Episode, keys: Mapping[str, int]) -> None:
     length = len(episode)
     demo.attrs["num_samples"] = length
     demo["actions"] = episode.actions
@@ -402,12 +414,6 @@ def _write_demo(
     observations = np.asarray(episode.observations)
     for key, part in zip(keys, np.split(observations, np.cumsum([*keys.values()])[:-1], axis=1), strict=True):
         demo[f"obs/{key}"], demo[f"next_obs/{key}"] = part[:-1], part[1:]
-    if episode.states is not None:
-        states = np.asarray(episode.states)
-        if flat_states is None:
-            demo["states"], demo[f"{_NOTES}/final_state"] = states[:-1], states[-1:]
-        else:
-            demo["states"], demo[f"{_NOTES}/states"] = flat_states(states)[:-1], states
     for name, info in episode.infos.items():
         demo[f"{_NOTES}/infos/{name}"] = np.asarray(info)
     write_notes(
@@ -421,6 +427,20 @@ def _write_demo(
     )
 
 
+def _write_states(
+    demo: h5py.Group, states: Float[np.ndarray, "T+1 S"], flat: Real[np.ndarray, "T F"] | None, failure: str
+) -> None:
+    if flat is None:
+        demo["states"], demo[f"{_NOTES}/final_state"] = states[:-1], states[-1:]
+        return
+    if flat.ndim != 2 or len(flat) != len(states) - 1:
+        raise ValueError(
+            f"{failure} has flat states of shape {list(flat.shape)} where {len(states) - 1} rows are needed, one for"
+            " each action."
+        )
+    demo["states"], demo[f"{_NOTES}/states"] = flat, states
+
+
 def _write_frames(demo: h5py.Group, camera: str, frames: UInt8[np.ndarray, "T+1 H W C"], failure: str) -> None:
     frames, rows = np.asarray(frames), demo.attrs["num_samples"] + 1
     if frames.dtype != np.uint8 or frames.ndim != 4 or len(frames) != rows:
@@ -429,6 +449,13 @@ def _write_frames(demo: h5py.Group, camera: str, frames: UInt8[np.ndarray, "T+1 
             " of bytes [height, width, channels] are needed."
         )
     demo[f"obs/{camera}"], demo[f"next_obs/{camera}"] = frames[:-1], frames[1:]
+
+
+def _write_model(demo: h5py.Group, model: str, failure: str) -> None:
+    if "\0" in model:
+        raise ValueError(f"{failure} has a model with a zero byte in it, so it is no MJCF.")
+    # h5py reads bytes that are no UTF-8 as such surrogates, but does not write them.
+    demo.attrs.create("model_file", model.encode(errors="surrogateescape"), dtype=h5py.string_dtype())
 
 
 def _write_masks(

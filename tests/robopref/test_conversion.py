@@ -12,7 +12,7 @@ import pytest
 
 from robopref.conversion import FORMATS, WITH_IMAGES, Format, StoredEpisodes, convert, open_episodes, recognise
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
-from robopref.formats.robomimic import write_robomimic
+from robopref.formats.robomimic import RobomimicSource, write_robomimic
 from robopref.types import Episode, EpisodeSource
 
 KEYS = {"place": 2, "goal": 2, "one": 1}
@@ -136,6 +136,72 @@ def test_images_go_along_or_are_left_out_but_never_lost_in_silence(store: Episod
         with open_episodes(tmp_path / "film") as film:
             (camera,) = film.cameras
             assert film.frames(0, camera).shape == source.frames(2, "front").shape
+
+
+def by_somebody_else(store: EpisodeDataset, path: Path) -> dict[int, str]:
+    """A robomimic file as robomimic's own scripts write it, and the models in it."""
+    models = {0: "<mujoco model='null'/>", 2: "<mujoco model='Käse'/>\n" * 10_000, 3: "\udcff and no UTF-8"}
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = '{"env_name": "Lift", "type": 1, "env_kwargs": {}}'
+        for index in range(len(store)):
+            episode, demo = store.episode(index), data.create_group(f"demo_{index}")
+            demo["obs/object"], demo["next_obs/object"] = episode.observations[:-1], episode.observations[1:]
+            demo["actions"], demo["rewards"] = episode.actions, episode.rewards
+            demo["states"] = episode.states[:-1]
+            demo["dones"] = np.arange(len(episode)) == len(episode) - 1
+            if index in models:
+                text = models[index].encode(errors="surrogateescape")
+                demo.attrs.create("model_file", text, dtype=h5py.string_dtype())
+    return models
+
+
+def test_models_of_others_go_along_between_robomimics_files(store: EpisodeDataset, tmp_path: Path) -> None:
+    models = by_somebody_else(store, tmp_path / "theirs.hdf5")
+    chosen = [2, 1, 0, 3]
+    with open_episodes(tmp_path / "theirs.hdf5") as source:
+        convert(source, tmp_path / "a.hdf5", "robomimic", indices=chosen)
+        # What the source keeps itself is not asked for, and the rest is, of its first state.
+        convert(source, tmp_path / "b.hdf5", "robomimic", indices=chosen, models=lambda state: str(state.tolist()))
+    first = store.episode(1).states[0].tolist()
+    for name, missing in (("a.hdf5", None), ("b.hdf5", str(first))):
+        with h5py.File(tmp_path / name) as file:
+            found = [file[f"data/demo_{index}"].attrs.get("model_file") for index in range(4)]
+        assert found == [models[2], missing, models[0], models[3]]
+
+
+def test_whole_and_flat_states_both_stay_as_they_were(store: EpisodeDataset, tmp_path: Path) -> None:
+    stored, chosen = StoredEpisodes(store), [3, 1, 0]
+    convert(stored, tmp_path / "a.hdf5", "robomimic", flat_states=lambda states: 2 * states[:, 1:3])
+    with open_episodes(tmp_path / "a.hdf5") as source:
+        convert(source, tmp_path / "b.hdf5", "robomimic", indices=chosen)
+        again = {"flat_states": lambda states: states[:, :1]}
+        convert(source, tmp_path / "c.hdf5", "robomimic", indices=chosen, **again)
+    for name in ("b.hdf5", "c.hdf5"):
+        with h5py.File(tmp_path / name) as file, open_episodes(tmp_path / name) as source:
+            for index, old in enumerate(chosen):
+                states = store.episode(old).states
+                demo = file[f"data/demo_{index}"]
+                np.testing.assert_array_equal(demo["states"][()], 2 * states[:-1, 1:3], strict=True)
+                np.testing.assert_array_equal(demo["robopref/states"][()], states, strict=True)
+                assert_same(source.episode(index), store.episode(old))
+
+
+def test_each_episode_is_read_once(store: EpisodeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_somebody_else(store, tmp_path / "theirs.hdf5")
+    asked: dict[str, Any] = {"models": lambda state: "<mujoco/>", "flat_states": lambda states: states[:, :1]}
+    for kind, path in ((StoredEpisodes, store.path), (RobomimicSource, tmp_path / "theirs.hdf5")):
+        read: list[int] = []
+        one = kind.episode
+
+        def counted(source: Any, index: int, one: Any = one, read: list[int] = read) -> Episode:
+            read.append(index)
+            return one(source, index)
+
+        monkeypatch.setattr(kind, "episode", counted)
+        with open_episodes(path) as source:
+            convert(source, tmp_path / f"{kind.__name__}.hdf5", "robomimic", **asked)
+        assert read == [0, 1, 2, 3]
 
 
 def test_parts_are_chosen_where_there_are_parts(store: EpisodeDataset, tmp_path: Path) -> None:

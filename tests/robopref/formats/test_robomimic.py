@@ -266,7 +266,7 @@ def test_nothing_is_lost_on_the_way(tmp_path: Path, dtype: str, states: bool) ->
         keys={"z": 1, "a": 3, "m": 1},
         splits={"train": [11, 0, 10], "none": []},
         frames={name: frames.__getitem__ for name, frames in images.items()},
-        models=lambda index: "m" * 100_000 if index == 3 else None,
+        models=lambda index, _: "m" * 100_000 if index == 3 else None,
         description="a test",
     )
     with read_robomimic(tmp_path / "a.hdf5") as source:
@@ -299,7 +299,7 @@ def test_a_foreign_file_written_again_is_the_same(tmp_path: Path) -> None:
             keys=source.keys,
             splits=source.splits,
             frames={camera: lambda index, camera=camera: source.frames(index, camera) for camera in source.cameras},
-            models=source.model,
+            models=lambda index, _: source.model(index),
         )
         with read_robomimic(tmp_path / "b.hdf5") as again:
             for index in range(3):
@@ -552,7 +552,7 @@ def write_for_robomimic(path: Path) -> tuple[list[Episode], list[np.ndarray]]:
         keys=SIZES,
         splits={"train": [10, 1, 2]},
         frames={"agentview_image": images.__getitem__},
-        models=lambda index: f"<mujoco model='{index}'/>",
+        models=lambda index, _: f"<mujoco model='{index}'/>",
     )
     return episodes, images
 
@@ -653,28 +653,63 @@ def test_a_file_that_robomimics_own_code_wrote_is_read(
 
 
 def test_states_that_hold_more_than_robomimic_expects_are_kept_beside(tmp_path: Path) -> None:
-    path = tmp_path / "flat.hdf5"
-    rng = np.random.default_rng(0)
-    states = rng.normal(size=(5, 6))
-    episode = Episode(
-        observations=rng.normal(size=(5, 2)),
-        actions=rng.uniform(-1, 1, (4, 1)).astype(np.float32),
-        rewards=np.zeros(4),
-        terminated=False,
-        truncated=True,
-        states=states,
-    )
-    write_robomimic(
-        path,
-        [episode],
-        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64),
-        action_space=gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32),
-        env={},
-        flat_states=lambda whole: whole[:, 1:4],
-    )
+    path, episodes = tmp_path / "flat.hdf5", random_episodes(4)
+
+    def flat_states(index: int, episode: Episode) -> np.ndarray | None:
+        # It is told of the very episode that is being written; the states of one are the whole.
+        assert episode is episodes[index]
+        return None if index == 2 else episode.states[:-1, 1:3].astype("f4")
+
+    write_robomimic(path, episodes, **SPACES, env={}, flat_states=flat_states)
     with h5py.File(path) as file:
-        np.testing.assert_array_equal(file["data/demo_0/states"], states[:-1, 1:4])
+        for index, episode in enumerate(episodes):
+            expected = episode.states[:-1] if index == 2 else episode.states[:-1, 1:3].astype("f4")
+            np.testing.assert_array_equal(file[f"data/demo_{index}/states"][()], expected, strict=True)
     with read_robomimic(path) as source:
-        found = source.episode(0)
-        np.testing.assert_array_equal(found.states, states)
-        assert "final_state" not in found.origin
+        for index, episode in enumerate(episodes):
+            assert_same(source.episode(index), episode)
+            flat = source.flat_states(index)
+            if index == 2:
+                assert flat is None
+            else:
+                np.testing.assert_array_equal(flat, episode.states[:-1, 1:3].astype("f4"), strict=True)
+        with pytest.raises(IndexError, match="there is no episode 4"):
+            source.flat_states(4)
+
+
+def test_episodes_without_states_are_not_asked_for_flat_ones(tmp_path: Path) -> None:
+    episodes = random_episodes(2, states=False)
+    write_robomimic(tmp_path / "a.hdf5", episodes, **SPACES, env={}, flat_states=lambda *_: pytest.fail("asked"))
+    with read_robomimic(tmp_path / "a.hdf5") as source:
+        assert [source.flat_states(index) for index in range(2)] == [None, None]
+        assert [source.episode(index).states for index in range(2)] == [None, None]
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (2, 2), (3,)])
+def test_flat_states_have_a_row_for_each_action(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    episodes = random_episodes(3)[2:]
+    with pytest.raises(ValueError, match=r"episode 0 has flat states of shape .* where 3 rows are needed"):
+        write_robomimic(tmp_path / "a.hdf5", episodes, **SPACES, env={}, flat_states=lambda *_: np.zeros(shape))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_a_text(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="episode 0 has a model with a zero byte in it"):
+        write_robomimic(tmp_path / "a.hdf5", random_episodes(1), **SPACES, env=ENV, models=lambda *_: "a\0b")
+    write_robomimic(tmp_path / "a.hdf5", random_episodes(1), **SPACES, env=ENV, models=lambda *_: "")
+    with read_robomimic(tmp_path / "a.hdf5") as source:
+        assert source.model(0) == ""
+
+
+def test_damaged_flat_states_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.hdf5"
+    write_robomimic(path, random_episodes(3), **SPACES, env={}, flat_states=lambda _, episode: episode.states[:-1, :1])
+
+    def shorten(file: h5py.File) -> None:
+        del file["data/demo_2/states"]
+        file["data/demo_2/states"] = np.zeros((2, 1))
+
+    with read_robomimic(change(path, shorten)) as source:
+        assert source.flat_states(1).shape == (2, 1)
+        with pytest.raises(ValueError, match=r"\[2, 1\] numbers in data/demo_2/states, where \[3, 1\] are needed"):
+            source.flat_states(2)
