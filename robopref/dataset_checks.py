@@ -41,8 +41,7 @@ def dataset_checks(
 
 def read_timestamps(dataset: EpisodeDataset) -> dict[int, np.ndarray]:
     """`infos["timestamp"]` of every episode that has it, as recordings of rigs do."""
-    infos = ((index, dataset.episode(index).infos) for index in range(len(dataset)))
-    return {index: np.asarray(each["timestamp"], float).ravel() for index, each in infos if "timestamp" in each}
+    return {index: times.astype(np.float64).ravel() for index, times in dataset.info("timestamp").items()}
 
 
 def dataset_statistics(dataset: EpisodeDataset) -> list[dict[str, str | float]]:
@@ -226,7 +225,10 @@ def check_timestamps(timestamps: Mapping[int, np.ndarray]) -> Check:
     """
     name = "time stamps"
     gaps = {index: np.diff(times[:-1]) for index, times in timestamps.items()}
-    usual = float(np.median(np.concatenate([*gaps.values(), np.zeros(0)]))) if gaps else 0.0
+    every = np.concatenate([*gaps.values(), np.zeros(0)])
+    known = every[np.isfinite(every)]
+    usual = float(np.median(known)) if known.size else 0.0
+    # Written so that NaN counts as a jump.
     jumps = {index: np.flatnonzero(~(np.abs(each - usual) < 0.5 * usual)) for index, each in gaps.items()}
     wrong = [(index, int(steps[0])) for index, steps in jumps.items() if steps.size]
     if not wrong:

@@ -132,6 +132,24 @@ class EpisodeDataset:
             origin=self.origins[index],
         )
 
+    def info(self, name: str) -> dict[int, np.ndarray]:
+        """The info `name` of every episode that has it, by the episode's index; nothing else is read from the file.
+
+        As in `episode`, there is none where it does not have one row per observation, and simulator states are no info.
+
+        Raises:
+            OSError: the file has gone or cannot be read.
+        """
+        found: dict[int, np.ndarray] = {}
+        if self.state_size and name == _STATE:
+            return found
+        with _open(self.path) as file:
+            for index, length in enumerate(self.lengths.tolist()):
+                node = file[f"episode_{index}"].get(f"infos/{name}")
+                if isinstance(node, h5py.Dataset) and node.shape[:1] == (length + 1,):
+                    found[index] = node[()]
+        return found
+
     def states(self, episode: int, step: int) -> Float[np.ndarray, " S"]:
         """The simulator state before the action of `step`; step T is the state after the last action.
 

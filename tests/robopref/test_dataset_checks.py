@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 
 from robopref import dataset_checks
-from robopref.episodes import EpisodeDataset
+from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
+from robopref.types import Episode
 
 STEPS = (4, 6, 5)
 
@@ -182,6 +184,43 @@ def test_time_goes_on_evenly_or_jumps() -> None:
     assert "the first takes 0.2 s, in episode 3 at step 2" in found.message
     backwards = dataset_checks.check_timestamps({0: np.array([0.0, 0.1, 0.05, 0.2, 0.3, 0.4])})
     assert "takes -0.05 s, in episode 0 at step 1" in backwards.message
+    # What is no time is a jump, and hides no other.
+    lost = dataset_checks.check_timestamps({**even, 1: np.array([0.0, 0.1, np.nan, 0.3, 0.4, 0.8, 0.9])})
+    assert "3 steps take more than 1.5 or less than 0.5 times the usual 0.1 s, in 1 episodes" in lost.message
+    assert "in episode 1 at step 1" in lost.message
+    assert dataset_checks.check_timestamps({0: np.zeros(2), 1: np.ones(2)}).ok
     names = [check.name for check in dataset_checks.dataset_checks(a_dataset(), 3, even)]
     assert names[-1] == "time stamps"
     assert "time stamps" not in [check.name for check in dataset_checks.dataset_checks(a_dataset(), 3)]
+
+
+def test_of_time_stamps_nothing_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def episode(length: int, infos: dict[str, np.ndarray]) -> Episode:
+        return Episode(
+            observations=np.zeros((length + 1, 2)),
+            actions=np.zeros((length, 1), np.float32),
+            rewards=np.zeros(length),
+            terminated=False,
+            truncated=True,
+            infos={"force": np.ones((length + 1, 3)), **infos},
+            states=np.zeros((length + 1, 7)),
+        )
+
+    times = np.arange(5, dtype=np.float32) / 10
+    episodes = [episode(3, {}), episode(4, {"timestamp": times[:, None]}), episode(2, {"timestamp": times[:3]})]
+    spaces = {name: getattr(a_dataset(), name) for name in ("observation_space", "action_space")}
+    write_episodes(tmp_path / "store", episodes, env={}, **spaces)
+    dataset = load_episodes(tmp_path / "store")
+    read: list[str] = []
+    get = h5py.Dataset.__getitem__
+
+    def noted(node: h5py.Dataset, rows: Any) -> Any:
+        read.append(node.name)
+        return get(node, rows)
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", noted)
+    found = dataset_checks.read_timestamps(dataset)
+    assert read == ["/episode_1/infos/timestamp", "/episode_2/infos/timestamp"]
+    assert list(found) == [1, 2]
+    np.testing.assert_array_equal(found[1], times.astype(np.float64), strict=True)
+    np.testing.assert_array_equal(found[2], times[:3].astype(np.float64), strict=True)

@@ -98,6 +98,33 @@ def test_flat_arrays_have_one_row_per_state(store):
     assert dataset.origins[2] == {"behaviour": "noise", "scale": 0.5, "index": 2}
 
 
+def test_one_info_is_read_alone(tmp_path, monkeypatch):
+    episodes = [make_episode(3), make_episode(2, 1, infos={}), make_episode(4, 2)]
+    dataset = load_episodes(write(tmp_path / "store", episodes))
+    with h5py.File(tmp_path / "store" / "main_data.hdf5", "r+") as file:
+        # As others may leave an info: without a row for each observation, or with infos in groups.
+        del file["episode_2/infos/grip"]
+        file["episode_2/infos/grip"] = np.zeros((4, 2))
+        file["episode_1/infos/arm/force"] = np.arange(3)
+    read, get = [], h5py.Dataset.__getitem__
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda node, rows: read.append(node.name) or get(node, rows))
+    found = dataset.info("grip")
+    assert read == ["/episode_0/infos/grip"]
+    assert list(found) == [0]
+    np.testing.assert_array_equal(found[0], episodes[0].infos["grip"], strict=True)
+    assert list(dataset.info("success")) == [0, 2]
+    for name in ("grip", "success", "arm/force", "arm", "state", "nothing"):
+        expected = {index: dataset.episode(index).infos.get(name) for index in range(3)}
+        expected = {index: info for index, info in expected.items() if info is not None}
+        found = dataset.info(name)
+        assert found.keys() == expected.keys()
+        for index, info in expected.items():
+            np.testing.assert_array_equal(found[index], info, strict=True)
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(FileNotFoundError):
+        dataset.info("grip")
+
+
 def test_loaded_arrays_cannot_be_changed(store):
     dataset = load_episodes(store)
     for field in dataclasses.fields(dataset):
