@@ -15,7 +15,7 @@ Our own writer adds two files that LeRobot passes over, so that nothing is lost 
   final observation, the infos that came with it, and success on reset.
 """
 
-from robopref.formats.lerobot.reader import LeRobotSource, read_lerobot, timestamp_jumps
+from robopref.formats.lerobot.reader import LeRobotSource, read_lerobot
 from robopref.formats.lerobot.writer import write_lerobot
 
-__all__ = ["LeRobotSource", "read_lerobot", "timestamp_jumps", "write_lerobot"]
+__all__ = ["LeRobotSource", "read_lerobot", "write_lerobot"]

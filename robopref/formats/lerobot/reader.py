@@ -321,24 +321,6 @@ def read_lerobot(
     return LeRobotSource(path, keys=keys, max_bytes=max_bytes)
 
 
-def timestamp_jumps(
-    timestamps: Float[np.ndarray, " T"], fps: float, *, tolerance: float = 1e-4
-) -> Int[np.ndarray, " n"]:
-    """The rows whose timestamp does not follow the one before by 1 / fps: where frames were dropped or clocks set.
-
-    LeRobot refuses such datasets in version 2. An episode of a source has its timestamps in `infos["timestamp"]`.
-
-    Args:
-        timestamps: in seconds.
-        tolerance: seconds, on top of what the type of the timestamps cannot tell apart.
-    """
-    resolution = np.spacing(np.abs(timestamps[1:]))
-    steps = np.diff(timestamps.astype(np.float64))
-    # Written so that NaN counts as a jump.
-    jumps: np.ndarray = np.flatnonzero(~(np.abs(steps - 1 / fps) <= tolerance + resolution)) + 1
-    return jumps
-
-
 def _box(bounds: Float[np.ndarray, "2 n"], dtype: np.dtype[Any], place: Path) -> gymnasium.spaces.Box:
     low, high = bounds.astype(dtype)
     if not (low <= high).all():

@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from robopref.episodes import flat_box
 from robopref.files import atomic_folder, write_json
 from robopref.formats.lerobot import layout
 from robopref.formats.lerobot.aside import line, slices, write_aside
@@ -78,8 +79,9 @@ def write_lerobot(
         FileExistsError: `path` exists.
         OSError: the parent folder cannot be written to.
     """
+    place = f"cannot write {path}"
+    boxes = flat_box(observation_space, "observation", place), flat_box(action_space, "action", place)
     try:
-        boxes = _flat_box(observation_space, "observation"), _flat_box(action_space, "action")
         plan = _plan(version, fps, boxes, keys, frames or {}, images, codec)
         with atomic_folder(path) as folder:
             (folder / "meta").mkdir()
@@ -109,7 +111,7 @@ def write_lerobot(
                 splits=splits or {},
             )
     except ValueError as error:
-        raise ValueError(f"cannot write {path}: {str(error).rstrip('.')}.") from error
+        raise ValueError(f"{place}: {str(error).rstrip('.')}.") from error
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,6 @@ class _Columns(NamedTuple):
     final: dict[str, np.ndarray]
     initial: dict[str, np.ndarray]
     shapes: dict[str, list[int]]
-
-
-def _flat_box(space: gymnasium.Space[Any], name: str) -> gymnasium.spaces.Box:
-    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-        raise ValueError(f"the {name} space must be a flat Box (one axis), not {space}")
-    return space
 
 
 def _plan(

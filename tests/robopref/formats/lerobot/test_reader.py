@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from robopref.formats.lerobot import read_lerobot, timestamp_jumps
+from robopref.formats.lerobot import read_lerobot
 
 Recorded = Callable[[str], Path]
 Write = Callable[..., Path]
@@ -410,16 +410,6 @@ def test_damage_is_told_in_one_sentence(recorded: Recorded, data: st.DataObject,
             problem = str(error)
         # Damage may go unseen, as in numbers and pixels of files without checksums.
         assert problem is None or ("\n" not in problem and str(path) in problem)
-
-
-def test_jumps_are_found() -> None:
-    regular = (np.arange(100_000) / 30).astype(np.float32)
-    assert timestamp_jumps(regular, 30).size == 0
-    times = np.array([0, 0.1, 0.2, 0.5, 0.6, 0.6, 0.7, 0.6, np.nan, 0.9])
-    assert timestamp_jumps(times, 10).tolist() == [3, 5, 7, 8, 9]
-    assert timestamp_jumps(np.array([0, 0.1, 0.2001]), 10, tolerance=1e-3).size == 0
-    assert timestamp_jumps(np.array([0, 0.1, 0.2001]), 10, tolerance=1e-5).tolist() == [2]
-    assert timestamp_jumps(np.zeros(1), 10).size == 0
 
 
 def test_texts_that_are_none_are_damage(recorded: Recorded, tmp_path: Path) -> None:
