@@ -150,6 +150,9 @@ def expand(template: Any, values: Mapping[str, int | str], place: Path) -> str:
 def inside(root: Path, relative: str) -> Path:
     """The regular file at a path that must lie in the folder `root`, links followed.
 
+    In the cache of the Hugging Face Hub, the files of a dataset in `snapshots/<revision>` are links into the folder
+    `blobs` beside `snapshots`; a link there may lead into that folder too.
+
     Raises:
         ValueError: the path leads elsewhere, or there is no such file.
     """
@@ -159,7 +162,7 @@ def inside(root: Path, relative: str) -> Path:
     path = root / relative
     try:
         found = path.is_file()
-        leaves = found and not path.resolve().is_relative_to(root.resolve())
+        leaves = found and not any(path.resolve().is_relative_to(folder) for folder in _homes(root.resolve()))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be opened ({error}).") from error
     if leaves:
@@ -167,6 +170,11 @@ def inside(root: Path, relative: str) -> Path:
     if not found:
         raise ValueError(f"{path} does not exist; the dataset is incomplete: fetch it again.")
     return path
+
+
+def _homes(root: Path) -> list[Path]:
+    """The folders in which the files of a dataset may lie, whose folder `root` is given without links."""
+    return [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
 
 
 def parse_json(text: bytes, place: str) -> dict[str, Any]:

@@ -54,6 +54,78 @@ def test_files_inside_are_found_through_links_inside(tmp_path: Path) -> None:
             layout.inside(tmp_path, name)
 
 
+def hub_cache(root: Path) -> Path:
+    """A revision in a cache of the Hugging Face Hub, with a file of it, and files that are none of its own."""
+    snapshot = root / "datasets--some--set" / "snapshots" / "1a2b"
+    snapshot.mkdir(parents=True)
+    for name in (
+        "outside",
+        "blobs/outside",
+        "datasets--other--set/blobs/5c",
+        "datasets--some--set/refs/main",
+        "datasets--some--set/blobs-of-others/5c",
+        "datasets--some--set/snapshots/9f/x",
+        "datasets--some--set/snapshots/blobs/x",
+        "datasets--some--set/blobs/5c",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return snapshot
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_in_the_cache_of_the_hub_links_lead_to_its_blobs(tmp_path: Path, linked: bool) -> None:
+    snapshot = hub_cache(tmp_path)
+    (snapshot / "meta").mkdir()
+    (snapshot / "meta" / "x").symlink_to("../../../blobs/5c")
+    (snapshot / "y").symlink_to("meta/x")
+    if linked:
+        (tmp_path / "named").symlink_to(snapshot)
+        snapshot = tmp_path / "named"
+    for name in ("meta/x", "y"):
+        assert layout.inside(snapshot, name).read_text() == "datasets--some--set/blobs/5c"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "outside",
+        "blobs/outside",
+        "datasets--other--set/blobs/5c",
+        "datasets--some--set/refs/main",
+        "datasets--some--set/blobs-of-others/5c",
+        "datasets--some--set/snapshots/9f/x",
+        "datasets--some--set/snapshots/blobs/x",
+    ],
+)
+def test_in_the_cache_of_the_hub_links_lead_nowhere_else(tmp_path: Path, target: str) -> None:
+    snapshot = hub_cache(tmp_path)
+    (snapshot / "x").symlink_to(tmp_path / target)
+    # Nor over a blob that is itself a link.
+    (snapshot.parents[1] / "blobs" / "6d").symlink_to(tmp_path / target)
+    (snapshot / "y").symlink_to("../../blobs/6d")
+    for name in ("x", "y"):
+        with pytest.raises(ValueError, match="is a link to a file outside of"):
+            layout.inside(snapshot, name)
+
+
+def test_links_to_blobs_are_of_the_cache_of_the_hub_alone(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    repository = snapshot.parents[1]
+    # A folder called blobs that is a link leads elsewhere, whatever it is called.
+    (repository / "blobs" / "5c").rename(tmp_path / "5c")
+    (repository / "blobs").rmdir()
+    (repository / "blobs").symlink_to(tmp_path)
+    (snapshot / "x").symlink_to("../../blobs/5c")
+    # And a dataset that is no revision in a cache has no blobs, wherever they lie.
+    plain = tmp_path / "revisions" / "1a2b"
+    plain.mkdir(parents=True)
+    (plain / "x").symlink_to(tmp_path / "blobs" / "outside")
+    for root in (snapshot, plain):
+        with pytest.raises(ValueError, match="is a link to a file outside of"):
+            layout.inside(root, "x")
+
+
 @pytest.mark.parametrize(
     ("entry", "shape"),
     [

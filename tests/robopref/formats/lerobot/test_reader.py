@@ -339,6 +339,27 @@ def test_links_that_lead_out_are_not_followed(recorded: Recorded, tmp_path: Path
         source.episode(0)
 
 
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_the_cache_of_the_hub_is_read(recorded: Recorded, tmp_path: Path, version: str) -> None:
+    """It keeps files by their hash, in a folder beside the one with links of their names."""
+    path = recorded(version)
+    repository = tmp_path / "datasets--somebody--something"
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(each for each in path.rglob("*") if each.is_file())):
+        link = snapshot / file.relative_to(path)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, repository / "blobs" / f"{number:040x}")
+        link.symlink_to(os.path.relpath(repository / "blobs" / f"{number:040x}", link.parent))
+    with read_lerobot(path) as plain, read_lerobot(snapshot) as cached:
+        assert len(cached) == len(plain) > 0
+        for index in range(len(plain)):
+            np.testing.assert_array_equal(cached.episode(index).observations, plain.episode(index).observations)
+            np.testing.assert_array_equal(cached.episode(index).actions, plain.episode(index).actions)
+            for camera in plain.cameras:
+                np.testing.assert_array_equal(cached.frames(index, camera), plain.frames(index, camera))
+
+
 def test_pipes_are_not_waited_for(recorded: Recorded) -> None:
     path = recorded("v2.1")
     first_table(path).unlink()
