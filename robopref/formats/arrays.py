@@ -78,14 +78,16 @@ def read_npz(
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     arrays: dict[str, np.ndarray] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-            for name in wanted:
-                if name in members:
-                    arrays[name] = _unpacked(archive, members[name], max_bytes)
-    except _BROKEN as error:
-        raise ValueError(f"{path} is not an archive (.npz) of NumPy arrays: {_said(error)}") from error
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+                for name in wanted:
+                    if name in members:
+                        arrays[name] = _unpacked(archive, members[name], max_bytes)
+        except (*_BROKEN, OSError) as error:
+            # An OSError, because damage may lead to a place before the file's begin.
+            raise ValueError(f"{path} is not an archive (.npz) of NumPy arrays: {_said(error)}") from error
     for name, array in arrays.items():
         if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
             raise ValueError(f"{name} in {path} does not hold finite numbers alone.")

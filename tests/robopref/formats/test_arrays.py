@@ -223,6 +223,14 @@ def test_arrays_that_are_not_as_large_as_they_say_are_refused(tmp_path: Path) ->
         read_npz(tmp_path / "a.npz", ["a"])
 
 
+def test_an_archive_whose_parts_would_lie_before_its_begin_is_refused(tmp_path: Path) -> None:
+    data = bytearray(packed(np.arange(50.0)))
+    # The last but six bytes say where the list of parts begins; the places of the parts are counted from there.
+    data[-6:-2] = (int.from_bytes(data[-6:-2], "little") + 100).to_bytes(4, "little")
+    with pytest.raises(ValueError, match=r"a\.npz is not an archive \(\.npz\) of NumPy arrays"):
+        read_npz(put(tmp_path, "a.npz", bytes(data)), ["a"])
+
+
 def test_damaged_archives_are_refused_in_one_sentence(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder, whole = tmp_path_factory.mktemp("damaged"), packed(np.arange(50.0))
 
