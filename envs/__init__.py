@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 CONSTRUCTORS = {
     "delivery": "envs.delivery:DeliveryEnv",
+    "locomotion": "envs.locomotion:LocomotionEnv",
     "metaworld": "envs.metaworld:MetaWorldEnv",
     "robosuite": "envs.robosuite:RobosuiteEnv",
 }

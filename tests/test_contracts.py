@@ -468,6 +468,15 @@ DELIVERY = {"name": "delivery", "rows": ["..r:", "c.h.", "...."], "horizon": 12}
 ENVIRONMENTS = {
     "delivery": DELIVERY,
     "delivery_pixels": {**DELIVERY, "observe": "pixels", "cell_size": 8},
+    "locomotion": {"name": "locomotion/Walker2d", "horizon": 12},
+    "locomotion_commanded": {
+        "name": "locomotion/Hopper",
+        "horizon": 12,
+        "commands": {"speed": [0.0, 3.0], "height": [0.8, 1.4]},
+    },
+    "locomotion_ant": {"name": "locomotion/Ant", "horizon": 12},
+    "locomotion_humanoid": {"name": "locomotion/Humanoid", "horizon": 12, "commands": {"speed": [0.0, 3.0]}},
+    "locomotion_pixels": {"name": "locomotion/HalfCheetah", "horizon": 12, "observe": "pixels", "image_size": 32},
     "metaworld": {"name": "metaworld/door-open-v3", "horizon": 12},
     "metaworld_pixels": {"name": "metaworld/door-open-v3", "horizon": 12, "observe": "pixels", **CPL_VIEW},
     "robosuite": {"name": "robosuite/Lift", "horizon": 12},
@@ -490,7 +499,8 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
     family = chosen["name"].split("/")[0]
     if family in OPTIONAL and importlib.util.find_spec(family) is None:
         pytest.skip(f"{family} is not installed: `make {OPTIONAL[family].name}` installs it and runs these tests.")
-    if request.param in ("metaworld_pixels", "robosuite_pixels") and use_rendering_backend() is None:
+    needs_opengl = chosen.get("observe") == "pixels" and family != "delivery"
+    if needs_opengl and use_rendering_backend() is None:
         pytest.skip(no_backend_message())
     return chosen
 

@@ -39,8 +39,8 @@ def test_a_configuration_is_left_as_it_is() -> None:
     ("config", "message"),
     [
         ({"name": "metawrld/door-open-v3"}, r"no environment 'metawrld/door-open-v3'; did you mean metaworld\?"),
-        ({"name": "qqq"}, r"no environment 'qqq'; known are delivery, metaworld, robosuite\."),
-        ({}, r"no environment ''; known are delivery, metaworld, robosuite\."),
+        ({"name": "qqq"}, r"no environment 'qqq'; known are delivery, locomotion, metaworld, robosuite\."),
+        ({}, r"no environment ''; known are delivery, locomotion, metaworld, robosuite\."),
         ({"name": "metaworld/door-opn-v3"}, r"no task 'door-opn-v3'; did you mean .*door-open-v3.*\?"),
         ({"name": "metaworld/door-open-v3", "horizn": 9}, r"'metaworld/door-open-v3' cannot be made from .*horizn"),
         ({"name": "metaworld"}, r"'metaworld' cannot be made from .*task"),
