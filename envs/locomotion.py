@@ -11,7 +11,7 @@ observation ends with them (`append_command`), and the reward is
 
     alive - |v_x - speed| - 5 |z - height| - the task's own cost of control,
 
-where alive is 1 while the robot is healthy in the sense of the task, v_x the mean velocity of the step and z the height
+where alive is 5 while the robot is healthy in the sense of the task, v_x the mean velocity of the step and z the height
 of the torso. One such policy, told many commands, gives behaviour of known and varied kind: the data that learners of
 attributes need (AlignDiff; Dong et al., arXiv 2310.02054). `window_attributes` measures what became of it.
 
@@ -60,12 +60,14 @@ from robopref.rendering import FlatRenderer
 COMMANDS = ("speed", "height")
 """What can be commanded, in the order in which observations have it: JSON objects have no order of their own."""
 
-ALIVE_REWARD = 1.0
+ALIVE_REWARD = 5.0
+"""More than the errors of a robot that merely stands: no early end is worth having."""
+
 SPEED_WEIGHT = 1.0
-"""Per m/s: an error of 1 m/s costs what being alive earns."""
 
 HEIGHT_WEIGHT = 5.0
-"""Per m: heights differ by tenths of a metre where speeds differ by metres, so 0.2 m off cost as much as 1 m/s off."""
+"""Per m, and 1 per m/s: heights differ by tenths of a metre where speeds differ by metres, so 0.2 m off cost as much as
+1 m/s off."""
 
 STRIDE_PERCENTILE = 95.0
 
@@ -219,7 +221,6 @@ class LocomotionEnv(Env):
         task: one of `tasks()`.
         horizon: steps after which an episode is truncated.
         terminate_when_unhealthy: whether an episode terminates once the robot is unhealthy, as Gymnasium's do.
-            Commanded rewards can be negative, which makes an early end worth having; leave this off with commands.
         commands: the range, [low, high], of each attribute of `COMMANDS` that is commanded, in m/s and m.
         image_size: height and width of the images, in pixels.
 

@@ -52,12 +52,15 @@ from experiments.experiment import (
     RunArgs,
     Training,
     check_args,
+    claim_row,
     collect,
     evaluate_policy,
     film,
     first_seed,
+    result_row,
     run_experiment,
     run_main,
+    tally,
     train,
 )
 from experiments.grid import Job, JobContext
@@ -65,7 +68,6 @@ from experiments.oracle import load_oracle
 from labelers.regret import MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from robopref.episodes import EpisodeDataset, load_episodes
 from robopref.evaluation import (
-    Comparison,
     attainable_accuracy,
     claim_verdict,
     compare,
@@ -631,14 +633,15 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
             for method in (*args.methods, "expert")
         }
         for method, successes in scores.items():
-            rows.append({"method": method, "task": task, "metric": SUCCESS, **vars(success_interval(successes))})
+            rows.append(result_row(method, task, SUCCESS, success_interval(successes)))
         for claim in CLAIMS:
             if not scores.keys() >= {method for _, method in claim.terms}:
                 continue
             ours = sum((weight * scores[method] for weight, method in claim.terms if weight > 0), np.zeros(()))
             theirs = sum((-weight * scores[method] for weight, method in claim.terms if weight < 0), np.zeros(()))
             outcome = compare(ours, theirs, rng)
-            claims.append(_claim(claim, task, outcome))
+            text, paper = f"{task}: {claim.text}", _published(claim, task)
+            claims.append(claim_row(claim.name, text, outcome, claim.direction, paper=paper))
             if len(claim.terms) == 2:
                 comparisons.append(MethodComparison(claim.terms[0][1], claim.terms[1][1], SUCCESS, outcome, task))
         prefix = f"{task} " if len(args.tasks) > 1 else ""
@@ -722,18 +725,6 @@ def _labels(pairing: Pairing, task: str, seed: int) -> str:
     return f"labels/{pairing}/{task}/{seed}"
 
 
-def _claim(claim: Claim, task: str, outcome: Comparison) -> dict[str, Any]:
-    numbers = {"ours": outcome.difference, "low": outcome.low, "high": outcome.high}
-    verdict = claim_verdict(outcome, claim.direction)
-    return {
-        "id": claim.name,
-        "claim": f"{task}: {claim.text}",
-        "paper": _published(claim, task),
-        **numbers,
-        "verdict": verdict,
-    }
-
-
 def _published(claim: Claim, task: str) -> float | None:
     """The paper's figure for the same difference, where its Table 1 has all that is needed."""
     columns = {"sft": 0, "piql": 1, "cpl": 2}
@@ -752,7 +743,7 @@ def _smoothed_row(method: str, task: str, curve: Float[np.ndarray, "S P E"], win
     smoothed = np.convolve(curve.mean(axis=(0, 2)), np.full(width, 1 / width), mode="valid")
     best = int(np.argmax(smoothed))
     estimate = success_interval(curve[:, best : best + width].reshape(len(curve), -1))
-    return {"method": method, "task": task, "metric": SMOOTHED, **vars(estimate)}
+    return result_row(method, task, SMOOTHED, estimate)
 
 
 def _ranking_rows(
@@ -763,7 +754,7 @@ def _ranking_rows(
         # Where a method has two scorers, the segments are compared by its reward model, and by its policy as well.
         name = f"{method} (policy)" if scorer == "policy_segment_scores" else method
         estimate = return_interval([cell["rankings"][scorer] for cell in cells], rng)
-        rows.append({"method": name, "task": task, "metric": RANKING, "unit": "pair", **vars(estimate)})
+        rows.append(result_row(name, task, RANKING, estimate, "pair"))
     return rows
 
 
@@ -831,15 +822,11 @@ def _label_facts(args: Args, values: Mapping[str, Any]) -> LabelStatistics:
 
 
 def _summary(args: Args, claims: Sequence[Mapping[str, Any]]) -> str:
-    told = {
-        verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in ("holds", "undecided", "fails")
-    }
     return (
         f"{args.episodes} episodes of mixed quality per task; segments of {args.length} steps, compared by a simulated"
         f" teacher: {args.dense_segments} of them all with all (dense), and {args.sparse_segments} in one pair each"
         f" (sparse). {len(args.seeds)} seeds, each with segments, labels and initial states of its own;"
-        f" {args.evaluation_episodes} episodes per seed, from the last checkpoint.\n\n"
-        f"Of the claims, {told['holds']} hold, {told['undecided']} are undecided and {told['fails']} fail."
+        f" {args.evaluation_episodes} episodes per seed, from the last checkpoint.\n\n" + tally(claims)
     )
 
 

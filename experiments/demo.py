@@ -34,10 +34,12 @@ from experiments.experiment import (
     RunArgs,
     Training,
     check_args,
+    claim_row,
     collect,
     evaluate_policy,
     film,
     first_seed,
+    result_row,
     run_experiment,
     run_main,
     train,
@@ -45,7 +47,7 @@ from experiments.experiment import (
 from experiments.grid import Job, JobContext
 from labelers.teachers import THRESHOLD_PRESETS, benchmark_threshold, preset
 from robopref.episodes import load_episodes
-from robopref.evaluation import claim_verdict, compare, success_interval
+from robopref.evaluation import compare, success_interval
 from robopref.queries import draw_queries, label_statistics
 from robopref.records import read_records, write_records
 from robopref.reports import Histogram, LabelStatistics, MethodComparison, Report
@@ -225,7 +227,7 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
         }
         for method, successes in scores.items():
             estimate = success_interval(successes)
-            rows.append({"method": method, "task": task, "metric": METRIC, **vars(estimate)})
+            rows.append(result_row(method, task, METRIC, estimate))
         compared = {
             pair: compare(scores[pair[0]], scores[pair[1]], rng) for pair in COMPARISONS if scores.keys() >= set(pair)
         }
@@ -233,9 +235,7 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
         for name, claim, ours, theirs, direction in CLAIMS:
             outcome = compared.get((ours, theirs))
             if outcome is not None:
-                numbers = {"ours": outcome.difference, "low": outcome.low, "high": outcome.high}
-                verdict = claim_verdict(outcome, direction)
-                claims.append({"id": name, "claim": f"{task}: {claim}", "paper": None, **numbers, "verdict": verdict})
+                claims.append(claim_row(name, f"{task}: {claim}", outcome, direction))
         for method in args.methods:
             cells = [values[_cell(method, task, seed)] for seed in args.seeds]
             steps = np.array([int(step) for step in cells[0]["curve"]])

@@ -39,7 +39,7 @@ from robopref.compilation import keep_compiled_programs
 from robopref.configs import from_json, to_json
 from robopref.datasets import PreferenceDataset, RankingDataset, TransitionDataset, best_episodes, fit_normalizer
 from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
-from robopref.evaluation import ranking_scores
+from robopref.evaluation import Comparison, Interval, claim_verdict, ranking_scores
 from robopref.files import read_json, write_json
 from robopref.frames import FrameCache
 from robopref.progress import ProgressCallback
@@ -420,6 +420,41 @@ def run_experiment(
     print_table({**found.results, "rows": [*filter(shown, found.results["rows"])]}, console, found.comparisons)
     console.print(f"\nThe report is {page.resolve()}", soft_wrap=True, highlight=False)
     return outcome.values
+
+
+def result_row(method: str, task: str, metric: str, estimate: Interval, unit: str | None = None) -> dict[str, Any]:
+    """A row of the results; `unit` says what its `n` counts, if not episodes."""
+    counted = {} if unit is None else {"unit": unit}
+    return {"method": method, "task": task, "metric": metric, **counted, **vars(estimate)}
+
+
+def claim_row(
+    name: str,
+    claim: str,
+    estimate: Interval | Comparison,
+    direction: Literal["above", "below"] = "above",
+    threshold: float = 0.0,
+    *,
+    paper: float | None = None,
+) -> dict[str, Any]:
+    """A claim of the results: that what was estimated is above, or below, a threshold."""
+    return {
+        "id": name,
+        "claim": claim,
+        "paper": paper,
+        "ours": estimate.mean if isinstance(estimate, Interval) else estimate.difference,
+        "low": estimate.low,
+        "high": estimate.high,
+        "verdict": claim_verdict(estimate, direction, threshold),
+    }
+
+
+def tally(claims: Sequence[Mapping[str, Any]]) -> str:
+    """How many claims hold, in a sentence."""
+    holds, undecided, fails = (
+        sum(claim["verdict"] == verdict for claim in claims) for verdict in ("holds", "undecided", "fails")
+    )
+    return f"Of the claims, {holds} hold, {undecided} are undecided and {fails} fail."
 
 
 def finish_run(folder: Path, report: Report, *, publish: Path | None) -> Path:

@@ -32,7 +32,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +43,12 @@ from rich.console import Console
 
 from agents.cpl import CPLAgent, CPLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
-from experiments.experiment import RunArgs, check_args, run_experiment, run_main
+from experiments.experiment import RunArgs, check_args, claim_row, result_row, run_experiment, run_main
 from experiments.grid import Job, JobContext
 from robopref.agent import update_many
 from robopref.datasets import PreferenceDataset
 from robopref.evaluation import (
-    Comparison,
     Interval,
-    claim_verdict,
     compare,
     probability_of_improvement,
     ranking_scores,
@@ -525,30 +523,24 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
                 estimates |= _tie_interval(logits, labels, rng)
             # n are pairs, and seeds the repetitions over which each of them was averaged.
             rows += [
-                {
-                    "method": method,
-                    "task": task,
-                    "metric": metric,
-                    "unit": "pair",
-                    **vars(replace(estimate, seeds=len(args.seeds))),
-                }
+                result_row(method, task, metric, replace(estimate, seeds=len(args.seeds)), "pair")
                 for metric, estimate in estimates.items()
             ]
             if method != MAJORITY:
                 curve = np.array([np.mean(cell["curve"], axis=0) for cell in found])
                 curves[method, f"cross-entropy on left-out pairs, {task}"] = (_steps(getattr(args, method)), curve)
             if method == "mlp" and TIES in estimates:
-                claims.append(_claim("g", f"{task}: {TIES_CLAIM}", estimates[TIES], estimates[TIES].mean, "above", 0.5))
+                claims.append(claim_row("g", f"{task}: {TIES_CLAIM}", estimates[TIES], threshold=0.5))
         for name, subject, ours, theirs in CLAIMS:
             if ours in cells and theirs in cells:
                 outcome = compare(outcomes[ours, AGREEMENT], outcomes[theirs, AGREEMENT], rng)
                 comparisons.append(MethodComparison(ours, theirs, AGREEMENT, outcome, task, unit="pair"))
                 claim = f"{task}: {subject} agrees with held-out labels more often than the {theirs} does"
-                claims.append(_claim(name, claim, outcome, outcome.difference, "above", 0.0))
+                claims.append(claim_row(name, claim, outcome))
         if "mlp" in cells:
             told = compare(outcomes["mlp", ENTROPY], np.full(len(labels), math.log(2)), rng)
             claim = f"{task}: the MLP's probabilities say more than those of a coin"
-            claims.append(_claim("f", claim, told, told.difference, "below", 0.0))
+            claims.append(claim_row("f", claim, told, "below"))
     claims.sort(key=lambda claim: str(claim["id"]))
     return Report(
         title="What a hundred human labels can show",
@@ -648,18 +640,6 @@ def _tie_interval(
     if not 0 < ties.sum() < len(ties):
         return {}
     return {TIES: probability_of_improvement(gaps[~ties], gaps[ties], rng)}
-
-
-def _claim(
-    name: str,
-    claim: str,
-    estimate: Interval | Comparison,
-    ours: float,
-    direction: Literal["above", "below"],
-    threshold: float,
-) -> dict[str, Any]:
-    numbers = {"paper": None, "ours": ours, "low": estimate.low, "high": estimate.high}
-    return {"id": name, "claim": claim, **numbers, "verdict": claim_verdict(estimate, direction, threshold)}
 
 
 def _label_statistics(args: Args, values: Mapping[str, Any]) -> LabelStatistics:

@@ -41,9 +41,11 @@ from experiments.experiment import (
     Evaluation,
     RunArgs,
     check_args,
+    claim_row,
     collect,
     evaluate_policy,
     first_seed,
+    result_row,
     run_experiment,
     run_main,
 )
@@ -54,7 +56,7 @@ from robopref.checkpoints import restore_checkpoint, save_checkpoint
 from robopref.configs import from_json, to_json
 from robopref.datasets import TransitionDataset, fit_normalizer
 from robopref.episodes import EpisodeDataset, load_episodes
-from robopref.evaluation import Interval, claim_verdict, compare, ranking_scores, return_interval, success_interval
+from robopref.evaluation import Interval, compare, ranking_scores, return_interval, success_interval
 from robopref.files import read_json, write_json
 from robopref.online import OnlineConfig, OnlineState, fit_online
 from robopref.progress import ProgressCallback
@@ -670,17 +672,8 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
             outcome = compare(agreements[reference, "telescoped"], agreements[reference, "partial return"], rng)
             metric = f"agreement with {words}"
             comparisons.append(MethodComparison("telescoped", "partial return", metric, outcome, task))
-            claims.append(
-                {
-                    "id": f"partial-{reference}",
-                    "claim": f"{task}: telescoped regret agrees with {words} more often than the partial return does",
-                    "paper": None,
-                    "ours": outcome.difference,
-                    "low": outcome.low,
-                    "high": outcome.high,
-                    "verdict": claim_verdict(outcome, "above"),
-                }
-            )
+            text = f"{task}: telescoped regret agrees with {words} more often than the partial return does"
+            claims.append(claim_row(f"partial-{reference}", text, outcome))
         curve = values[f"train/{task}"]["curve"]
         curves[f"oracle, {task}", SUCCESS] = (
             np.array([int(step) for step in curve]),
@@ -720,22 +713,12 @@ def _verdict(task: str, shortcomings: Sequence[str]) -> str:
 
 
 def _row(rows: list[dict[str, Any]], task: str, method: str, metric: str, estimate: Interval) -> Interval:
-    rows.append({"method": method, "task": task, "metric": metric, **vars(estimate)})
+    rows.append(result_row(method, task, metric, estimate))
     return estimate
 
 
 def _claim(claims: list[dict[str, Any]], task: str, name: str, claim: str, estimate: Interval, least: float) -> None:
-    claims.append(
-        {
-            "id": name,
-            "claim": f"{task}: {claim}",
-            "paper": None,
-            "ours": estimate.mean,
-            "low": estimate.low,
-            "high": estimate.high,
-            "verdict": claim_verdict(estimate, "above", least),
-        }
-    )
+    claims.append(claim_row(name, f"{task}: {claim}", estimate, threshold=least))
 
 
 def _mean_interval(scores: Float[np.ndarray, " N"], rng: np.random.Generator) -> Interval:

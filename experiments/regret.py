@@ -28,9 +28,9 @@ from jaxtyping import Float
 from rich.console import Console
 
 from envs.delivery import Board, random_board, random_risky_board, to_mdp
-from experiments.experiment import RunArgs, check_args, run_experiment, run_main
+from experiments.experiment import RunArgs, check_args, claim_row, result_row, run_experiment, run_main, tally
 from experiments.grid import Job, JobContext
-from robopref.evaluation import claim_verdict, compare, success_interval
+from robopref.evaluation import compare, success_interval
 from robopref.files import atomic_write
 from robopref.mdp import TabularMDP, greedy_policy, optimal_values, q_values, scaled_return, stack
 from robopref.preferences import bradley_terry
@@ -334,7 +334,7 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
                 shares = [success_interval(boards[:, i]) for i in range(len(args.preferences))]
                 curves[method, f"{SOLVED}, {setting}"] = (np.array(args.preferences), shares)
                 rows += [
-                    _row(method, f"{setting}, {count} preferences", SOLVED, "board", share)
+                    result_row(method, f"{setting}, {count} preferences", SOLVED, share, "board")
                     for count, share in zip(args.preferences, shares, strict=True)
                 ]
             claims += _claims_about(args, solved, setting, rng)
@@ -344,7 +344,7 @@ def report(args: Args, values: Mapping[str, Any], run: Mapping[str, Any], folder
             shares = [success_interval(identified[:, i]) for i in range(len(args.case_preferences))]
             curves[f"{model} → {model}", f"{IDENTIFIED}, {case}"] = (np.array(args.case_preferences), shares)
             rows += [
-                _row(f"{model} → {model}", f"{case}, {count} preferences", IDENTIFIED, "draw", share)
+                result_row(f"{model} → {model}", f"{case}, {count} preferences", IDENTIFIED, share, "draw")
                 for count, share in zip(args.case_preferences, shares, strict=True)
             ]
             claims.append(_claim_about_case(case, model, identified))
@@ -469,17 +469,17 @@ def _claims_about(
     for other in ("return → return", "regret → return", "return → regret"):
         outcome = compare(averages["regret → regret"], averages[other], rng)
         text = f"{setting}: regret → regret solves more boards than {other}, over all numbers of preferences"
-        claims.append(_claim("a", text, outcome, claim_verdict(outcome, "above")))
+        claims.append(claim_row("a", text, outcome, "above"))
     few = args.preferences.index(_few(args))
     mismatched = solved["return → regret"].astype(float)
     outcome = compare(mismatched[:, -1][None], mismatched[:, few][None], rng)
     text = (
         f"{setting}: from {_few(args)} to {args.preferences[-1]} preferences, return → regret gains less than 5 points"
     )
-    claims.append(_claim("b", text, outcome, claim_verdict(outcome, "below", 0.05)))
+    claims.append(claim_row("b", text, outcome, "below", 0.05))
     outcome = compare(averages[f"regret → {GREEDY}"], averages[f"regret → {MISTAKEN}"], rng)
     text = f"{setting}: advantages learned from regret solve more boards if acted on greedily than if taken for rewards"
-    claims.append(_claim("d", text, outcome, claim_verdict(outcome, "above")))
+    claims.append(claim_row("d", text, outcome, "above"))
     return claims
 
 
@@ -487,32 +487,18 @@ def _claim_about_case(case: str, model: Labels, identified: np.ndarray) -> dict[
     if model == "return":
         share = success_interval(identified.ravel())
         text = f"{case}: no number of answers by partial return identifies both boards (share below 5%)"
-        return _claim("c", text, share, claim_verdict(share, "below", 0.05))
+        return claim_row("c", text, share, "below", 0.05)
     share = success_interval(identified[:, -1])
     text = f"{case}: answers by regret identify both boards (share above 90%)"
-    return _claim("c", text, share, claim_verdict(share, "above", 0.9))
-
-
-def _claim(name: str, text: str, estimate: Any, verdict: str) -> dict[str, Any]:
-    ours = estimate.difference if hasattr(estimate, "difference") else estimate.mean
-    numbers = {"ours": ours, "low": estimate.low, "high": estimate.high}
-    return {"id": name, "claim": text, "paper": None, **numbers, "verdict": verdict}
-
-
-def _row(method: str, task: str, metric: str, unit: str, share: Any) -> dict[str, Any]:
-    return {"method": method, "task": task, "metric": metric, "unit": unit, **vars(share)}
+    return claim_row("c", text, share, "above", 0.9)
 
 
 def _summary(args: Args, claims: Sequence[Mapping[str, Any]]) -> str:
-    told = {
-        verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in ("holds", "undecided", "fails")
-    }
     return (
         f"{args.boards} random boards of each kind; simulated people compare pairs of segments of {args.length} steps,"
         " and rewards are learned from their answers. “regret → return” means labels by regret, learned from as if they"
         " were by partial return. A board is solved if the policy that is best under the learned reward has a scaled"
-        f" return of at least {NEAR_OPTIMAL:g} under the true one.\n\n"
-        f"Of the claims, {told['holds']} hold, {told['undecided']} are undecided and {told['fails']} fail."
+        f" return of at least {NEAR_OPTIMAL:g} under the true one.\n\n" + tally(claims)
     )
 
 
