@@ -1,8 +1,9 @@
 """What a run found, as one self-contained HTML page with the files behind it, and as a table for the terminal.
 
 The page needs no network and no scripts: pictures and the film are inside it. Beside it lie `table.csv`,
-`results.json`, `curves.png`, `labels.png` and `film.mp4`, as far as the report has them. Every method keeps its colour
-through all plots and tables, and no estimate appears without its interval, its episodes and its seeds.
+`results.json`, `curves.png`, `scatters.png`, `labels.png` and `film.mp4`, as far as the report has them. Every method
+keeps its colour through all plots and tables, and no estimate appears without its interval, its episodes and its seeds.
+The rank correlation of a scatter plot describes the dots that are drawn and estimates nothing beyond them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from typing import Any, TypeAlias, TypeGuard
 import jinja2
 import numpy as np
 from jaxtyping import Float, Shaped
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -45,6 +48,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 """Okabe and Ito's colours, without the two that vanish on a white or on a dark page."""
 
 _GROUP_COLOURS = ("#3D4F66", "#C2A14D", "#8FA3B8", "#7A5C61")
+_QUIET = "#4A525C"
+_MARK_SHAPES = "*DXP^vs"
+_MARK_COLOURS = ("#C8102E", "#16191D")
 _ROW_KEYS = ("method", "task", "metric", "n", "seeds", "mean", "low", "high")
 _CLAIM_KEYS = ("id", "claim", "paper", "ours", "low", "high", "verdict")
 _SHARE_WORDS = frozenset({"success", "successes", "accuracy", "agreement", "share", "fraction", "probability"})
@@ -76,6 +82,32 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Scatter:
+    """A dot for each of N measurements, such as the return of policies against their distance from the best one.
+
+    Attributes:
+        title: what the dots are.
+        x_label: name of the horizontal axis.
+        y_label: name of the vertical axis.
+        x: places of the dots along the horizontal axis.
+        y: places along the vertical axis.
+        values: colour the dots. The axes then only place them, as those of an embedding do; without values, the plot
+            is about y against x, and Spearman's rank correlation of the two is given.
+        values_label: name of what the colours show.
+        marks: points drawn over the dots, by the name that they have in the legend.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    x: Shaped[np.ndarray, " N"]
+    y: Shaped[np.ndarray, " N"]
+    values: Shaped[np.ndarray, " N"] | None = None
+    values_label: str = ""
+    marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LabelStatistics:
     """What is known about the labels: facts by name, and histograms."""
 
@@ -95,6 +127,7 @@ class Report:
         comparisons: between methods, in the order to show them.
         curves: `(method, metric)` to a learning curve; one plot per metric.
         curve_axis: what the curves are over; all but steps are drawn on a logarithmic axis.
+        scatters: scatter plots of what was learned, in the order to show them.
         labels: statistics of the labels, if any were given.
         behaviours: name of a behaviour in the data to the success rate of its episodes.
         film: an MP4 file, or None.
@@ -107,6 +140,7 @@ class Report:
     comparisons: Sequence[MethodComparison] = ()
     curves: Mapping[tuple[str, str], Curve] = field(default_factory=dict)
     curve_axis: str = "steps"
+    scatters: Sequence[Scatter] = ()
     labels: LabelStatistics | None = None
     behaviours: Mapping[str, Interval] = field(default_factory=dict)
     film: Path | None = None
@@ -117,14 +151,15 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
     """Writes the page and the files behind it into `folder`, and returns the path of the page, `report.html`.
 
     Raises:
-        ValueError: the results lack a part, or an unknown verdict is among them.
+        ValueError: the results lack a part, an unknown verdict is among them, or a curve or a scatter plot cannot be
+            drawn from its numbers.
         FileNotFoundError: the film is not there.
     """
     check_results(report.results)
     report = replace(report, results=_plain_json(report.results))
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    curves, labels = _curve_panels(report), _label_panels(report)
+    plots = {"curves": _curve_panels(report), "scatters": _scatter_panels(report), "labels": _label_panels(report)}
     film = None
     if report.film is not None:
         film = place / "film.mp4"
@@ -132,9 +167,9 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
     write_json(place / "results.json", report.results)
     with atomic_write(place / "table.csv") as temporary:
         temporary.write_text(_table_csv(report.results["rows"]), encoding="utf-8")
-    for name, panels in (("curves.png", curves), ("labels.png", labels)):
+    for name, panels in plots.items():
         if panels:
-            with atomic_write(place / name) as temporary:
+            with atomic_write(place / f"{name}.png") as temporary:
                 temporary.write_bytes(_sheet(panels))
     page = _template().render(
         report=report,
@@ -146,8 +181,7 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
         comparisons=_comparison_blocks(report),
         single_seed=any(row["seeds"] == 1 for row in report.results["rows"]),
         film=None if film is None else _data_uri("video/mp4", film.read_bytes()),
-        curves=[(_data_uri("image/png", _sheet([panel])), panel.description) for panel in curves],
-        labels=[(_data_uri("image/png", _sheet([panel])), panel.description) for panel in labels],
+        **{name: _pictures(panels) for name, panels in plots.items()},
         facts=_facts(report.labels),
         behaviours=_behaviour_block(report),
         manifest=_manifest(report.results["manifest"]),
@@ -630,6 +664,132 @@ def _spread_apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
     return placed
 
 
+def _scatter_panels(report: Report) -> list[_Panel]:
+    panels = []
+    for scatter in report.scatters:
+        scatter = _checked(scatter)
+        told = f"n = {len(scatter.x):,}"
+        if scatter.values is None and (correlation := _rank_correlation(scatter.x, scatter.y)) is not None:
+            told += f", rank correlation {_number(correlation, False, signed=True)}"
+        description = f"Scatter plot of {scatter.y_label} against {scatter.x_label}, {scatter.title}: {told}."
+        if scatter.values is not None:
+            ends = _range(float(scatter.values.min()), float(scatter.values.max()), False)
+            description += f" Coloured by {scatter.values_label}, {ends}."
+        for name, place in scatter.marks.items():
+            description += f" {name} is at ({', '.join(_number(value, False) for value in place)})."
+        panels.append(_Panel(functools.partial(_draw_scatter, scatter=scatter, told=told), description))
+    return panels
+
+
+def _checked(scatter: Scatter) -> Scatter:
+    """The scatter plot with its numbers as floats, or an error that says why it cannot be drawn."""
+    plot = f"the scatter plot {scatter.title!r}"
+    arrays = {"x": np.asarray(scatter.x, dtype=float), "y": np.asarray(scatter.y, dtype=float)}
+    if scatter.values is not None:
+        if not scatter.values_label:
+            raise ValueError(f"{plot} has values, but no values_label to say what they are")
+        arrays["values"] = np.asarray(scatter.values, dtype=float)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1 or len(shapes["x"]) != 1:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{plot} needs arrays [N] of one length, but their shapes are {told}")
+    if not arrays["x"].size:
+        raise ValueError(f"{plot} has no points")
+    for name, array in arrays.items():
+        if len(bad := np.flatnonzero(~np.isfinite(array))):
+            raise ValueError(f"{plot} has {_count(len(bad), 'number')} in {name} not finite, the first at {bad[0]}")
+    for name, place in scatter.marks.items():
+        if not all(map(math.isfinite, place)):
+            raise ValueError(f"{plot} has a mark {name!r} at {tuple(map(float, place))}, which is not finite")
+    return replace(scatter, x=arrays["x"], y=arrays["y"], values=arrays.get("values"))
+
+
+def _rank_correlation(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> float | None:
+    """Spearman's, or None where two points or an axis on which nothing varies would make it say nothing."""
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def _draw_scatter(axes: Axes, *, scatter: Scatter, told: str) -> None:
+    # Many dots are smaller, and fainter where no colour has to be read, so that a cloud shows where it is densest.
+    crowd = min(1.0, math.sqrt(100 / len(scatter.x)))
+    size = 5 + 21 * crowd
+    if scatter.values is None:
+        alpha = 0.25 + 0.55 * crowd
+        axes.scatter(scatter.x, scatter.y, s=size, color=_GROUP_COLOURS[0], alpha=alpha, linewidths=0)
+    else:
+        # Without its last tenth, a yellow that vanishes on white.
+        colours = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.9, 256)))
+        rim: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.6 * crowd}
+        dots = axes.scatter(scatter.x, scatter.y, s=size, c=scatter.values, cmap=colours, **rim)
+        assert axes.figure is not None
+        bar = axes.figure.colorbar(dots, ax=axes, ticks=_tick_locator(), format=_tick_formatter(), aspect=26)
+        bar.set_label(textwrap.fill(_plain(scatter.values_label, 60), 32))
+    # What is said of the dots and the names of the marks stand above the axes, where they hide no dots.
+    row = 14
+    above = row * _draw_marks(axes, scatter.marks)
+    axes.annotate(
+        told, (0, 1), xytext=(0, above + 6), xycoords="axes fraction", textcoords="offset points", color=_QUIET
+    )
+    axes.set_title(textwrap.fill(_plain(scatter.title, 84), 44), loc="left", pad=above + row + 10)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(_tick_locator())
+        axis.set_major_formatter(_tick_formatter())
+    axes.set_xlabel(textwrap.fill(_plain(scatter.x_label, 80), 44))
+    axes.set_ylabel(textwrap.fill(_plain(scatter.y_label, 60), 32))
+    axes.grid(color="#E3E6EA", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _draw_marks(axes: Axes, marks: Mapping[str, tuple[float, float]]) -> int:
+    """Draws the marks over the dots, and their names in rows above the axes; returns the number of rows."""
+    if not marks:
+        return 0
+    handles = []
+    for index, place in enumerate(marks.values()):
+        shape = _MARK_SHAPES[index % len(_MARK_SHAPES)]
+        colour = _MARK_COLOURS[index // len(_MARK_SHAPES) % len(_MARK_COLOURS)]
+        look: dict[str, Any] = {"marker": shape, "color": colour, "linewidth": 0, "markeredgecolor": "white"}
+        axes.plot(*place, markersize=14 if shape == "*" else 9, markeredgewidth=1.1, zorder=3, **look)
+        handles.append(Line2D([], [], markersize=10 if shape == "*" else 7, markeredgewidth=0.5, **look))
+    names = [_plain(name, 20) for name in marks]
+    columns = _legend_columns(names, 54)
+    axes.legend(
+        handles,
+        names,
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderpad=0.0,
+        borderaxespad=0.35,
+        labelspacing=0.3,
+        handlelength=1.0,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        frameon=False,
+        labelcolor=_QUIET,
+    )
+    return math.ceil(len(names) / columns)
+
+
+def _legend_columns(names: Sequence[str], width: int) -> int:
+    """The most columns that fit into `width` letters; a column has 6 for its symbol and the gap after it."""
+    for columns in range(len(names), 1, -1):
+        if sum(max(map(len, column)) + 6 for column in np.array_split(names, columns)) <= width:
+            return columns
+    return 1
+
+
+def _tick_locator() -> MaxNLocator:
+    return MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+
+
+def _tick_formatter() -> FuncFormatter:
+    """Numbers as the tables have them, without a power of ten aside."""
+    return FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−"))
+
+
 def _label_panels(report: Report) -> list[_Panel]:
     panels = []
     for histogram in () if report.labels is None else report.labels.histograms:
@@ -674,9 +834,9 @@ def _sheet(panels: Sequence[_Panel]) -> bytes:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": "#8A929C",
-        "axes.labelcolor": "#4A525C",
-        "xtick.color": "#4A525C",
-        "ytick.color": "#4A525C",
+        "axes.labelcolor": _QUIET,
+        "xtick.color": _QUIET,
+        "ytick.color": _QUIET,
     }
     with rc_context(style):
         figure = Figure(figsize=(5.2 * columns, 3.3 * rows), dpi=200, facecolor="white")
@@ -690,6 +850,11 @@ def _sheet(panels: Sequence[_Panel]) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _pictures(panels: Sequence[_Panel]) -> list[tuple[str, str]]:
+    """Each panel as a picture for the page, and what it shows."""
+    return [(_data_uri("image/png", _sheet([panel])), panel.description) for panel in panels]
 
 
 def _table_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 from rich.console import Console
 
@@ -26,6 +27,7 @@ from robopref.reports import (
     LabelStatistics,
     MethodComparison,
     Report,
+    Scatter,
     print_table,
     write_report,
 )
@@ -279,6 +281,121 @@ def test_curves_over_anything_but_steps_are_drawn_over_its_logarithm(tmp_path: P
     assert steps["src"] != preferences["src"]
 
 
+def _scatter(**changes: Any) -> Scatter:
+    scatter = Scatter("five policies", "distance", "return", np.arange(1, 6), np.array([2.0, 1.0, 4.0, 3.0, 5.0]))
+    return dataclasses.replace(scatter, **changes)
+
+
+def _with_scatters(*scatters: Scatter) -> Report:
+    return _report(comparisons=[], curves={}, labels=None, behaviours={}, scatters=scatters)
+
+
+def test_scatter_plots_follow_the_curves_and_have_their_own_file(tmp_path: Path) -> None:
+    curves = {("cpl", "success"): (np.arange(2), np.ones((1, 2)))}
+    report = dataclasses.replace(_with_scatters(_scatter(), _scatter(title="again")), curves=curves)
+
+    page = _page(write_report(tmp_path, report))
+
+    sections = [section["id"] for section in page.all("section")]
+    assert sections == ["claims", "results", "film", "curves", "scatters", "made"]
+    assert [link["href"][1:] for link in page.all("a")] == sections
+    assert [image["alt"].partition(":")[0] for image in page.all("img")[1:]] == [
+        "Scatter plot of return against distance, five policies",
+        "Scatter plot of return against distance, again",
+    ]
+    with Image.open(tmp_path / "scatters.png") as picture:
+        assert picture.width >= 2000
+
+
+def test_a_scatter_plot_says_how_well_the_ranks_agree(tmp_path: Path) -> None:
+    # The ranks differ by 1 in four of the five points: 1 - 6 * 4 / (5 * (5^2 - 1)).
+    page = _page(write_report(tmp_path, _with_scatters(_scatter())))
+
+    assert page.all("img")[0]["alt"].endswith(": n = 5, rank correlation +0.8.")
+    assert "The rank correlation is Spearman's" in page.text
+
+
+@pytest.mark.parametrize(
+    "scatter",
+    [_scatter(y=np.full(5, 7.0)), _scatter(x=np.ones(5)), _scatter(x=np.array([0.0, 1.0]), y=np.array([0.0, 1.0]))],
+)
+@pytest.mark.filterwarnings("error")
+def test_ranks_that_say_nothing_are_not_correlated(tmp_path: Path, scatter: Scatter) -> None:
+    page = _page(write_report(tmp_path, _with_scatters(scatter)))
+
+    assert page.all("img")[0]["alt"].endswith(f": n = {len(scatter.x)}.")
+
+
+def test_a_coloured_scatter_plot_names_its_values_and_marks(tmp_path: Path) -> None:
+    scatter = _scatter(
+        values=np.array([3, 1, -2, 5, 4]), values_label="margin", marks={"z*": (0.5, -1), "mean": (3, 3)}
+    )
+
+    page = _page(write_report(tmp_path, _with_scatters(scatter)))
+
+    assert page.all("img")[0]["alt"].endswith(
+        ": n = 5. Coloured by margin, −2 to 5. z* is at (0.5, −1). mean is at (3, 3)."
+    )
+    assert "rank correlation" not in page.text
+
+
+def _drawn(picture: Image.Image) -> dict[Any, int]:
+    """Every colour of the picture, and how many pixels have it."""
+    return {colour: count for count, colour in picture.convert("RGB").getcolors(1 << 24) or ()}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_dots_take_the_colours_of_their_values(tmp_path: Path, swapped: bool) -> None:
+    ends = np.array([0.0, 1.0])
+    values = ends[::-1] if swapped else ends
+    write_report(tmp_path, _with_scatters(_scatter(x=ends, y=ends, values=values, values_label="return")))
+
+    with Image.open(tmp_path / "scatters.png") as picture:
+        left = _drawn(picture.crop((0, 0, picture.width // 3, picture.height)))
+    low, high = (tuple(round(255 * part) for part in colormaps["viridis"](end)[:3]) for end in (0.0, 0.9))
+    assert (low in left, high in left) == (not swapped, swapped)
+
+
+def test_marks_are_drawn_over_the_dots(tmp_path: Path) -> None:
+    """As many pixels have the colour of the mark over a thousand dots as over one."""
+    counts = []
+    for number in (1, 1000):
+        scatter = _scatter(x=np.zeros(number), y=np.zeros(number), marks={"z*": (0.0, 0.0)})
+        write_report(tmp_path, _with_scatters(scatter))
+        with Image.open(tmp_path / "scatters.png") as picture:
+            counts.append(_drawn(picture)[0xC8, 0x10, 0x2E])
+
+    assert counts[0] == counts[1] > 100
+
+
+def test_many_dots_stay_small(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).normal(size=(2, 10_000))
+
+    write_report(tmp_path, _with_scatters(_scatter(x=x, y=y, values=x, values_label="x")))
+
+    assert (tmp_path / "scatters.png").stat().st_size < 400_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(x=np.arange(4)), "needs arrays [N] of one length, but their shapes are x (4,), y (5,)"),
+        (dict(values=np.arange(6), values_label="v"), "shapes are x (5,), y (5,), values (6,)"),
+        (dict(x=np.ones((5, 1)), y=np.ones((5, 1))), "shapes are x (5, 1), y (5, 1)"),
+        (dict(x=np.zeros(0), y=np.zeros(0)), "has no points"),
+        (dict(x=np.array([0, 1, np.nan, 3, np.inf])), "has 2 numbers in x not finite, the first at 2"),
+        (dict(y=np.array([0, 1, 2, 3, -np.inf])), "has 1 number in y not finite, the first at 4"),
+        (dict(values=np.full(5, np.nan), values_label="v"), "has 5 numbers in values not finite, the first at 0"),
+        (dict(values=np.arange(5)), "has values, but no values_label"),
+        (dict(marks={"z*": (0.0, math.nan)}), "has a mark 'z*' at (0.0, nan), which is not finite"),
+    ],
+)
+def test_a_scatter_plot_that_cannot_be_drawn_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape("the scatter plot 'five policies' ") + ".*" + re.escape(message)):
+        write_report(tmp_path, _with_scatters(_scatter(), _scatter(**changes)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_files_behind_the_page_hold_the_same_numbers(tmp_path: Path) -> None:
     write_report(tmp_path, _report())
 
@@ -365,6 +482,16 @@ def test_no_text_becomes_markup(tmp_path: Path) -> None:
         film_note=HOSTILE,
         curves={(HOSTILE, HOSTILE): (np.arange(3), np.ones((2, 3)))},
         labels=LabelStatistics({HOSTILE: HOSTILE}, [Histogram(HOSTILE, HOSTILE, {HOSTILE: np.arange(9.0)})]),
+        scatters=[
+            _scatter(
+                title=HOSTILE,
+                x_label=HOSTILE,
+                y_label=HOSTILE,
+                values=np.arange(5),
+                values_label=HOSTILE,
+                marks={HOSTILE: (1.0, 1.0)},
+            )
+        ],
         behaviours={HOSTILE: Interval(0.5, 0.2, 0.8, 9, 1)},
     )
 
