@@ -3,7 +3,7 @@
 The preference loss is the cross-entropy of a Bradley-Terry model, as every method that learns a reward uses it. The
 contrastive loss, its conservative form and its form for rankings are those of Hejna et al., "Contrastive preference
 learning" (arXiv 2310.13639). All are written in softplus and logsumexp, so that large scores give finite losses and
-gradients.
+gradients. The triplet loss compares places in a space instead of scores.
 
 Axes: *B any batch axes, A action, K candidates. A label is P(the second segment is preferred).
 """
@@ -95,3 +95,21 @@ def expectile_loss(differences: Float[Array, "*B"], expectile: float) -> Float[A
     above 0.5 what lies above the estimate counts for more (Kostrikov et al. 2021, arXiv 2110.06169, equation 5).
     """
     return jnp.where(differences < 0, 1.0 - expectile, expectile) * jnp.square(differences)
+
+
+def distances(first: Float[Array, "*#B Z"], second: Float[Array, "*#B Z"], epsilon: float = 1e-6) -> Float[Array, "*B"]:
+    """||first - second + epsilon||, Euclidean; without epsilon, equal vectors would have no gradient.
+
+    PyTorch adds the same to every coordinate of the difference.
+    """
+    return jnp.sqrt(jnp.sum(jnp.square(first - second + epsilon), axis=-1))
+
+
+def triplet_loss(
+    anchors: Float[Array, "*#B Z"],
+    positives: Float[Array, "*#B Z"],
+    negatives: Float[Array, "*#B Z"],
+    margin: float | Float[Array, "*#B"] = 1.0,
+) -> Float[Array, "*B"]:
+    """max(0, ||anchor - positive|| - ||anchor - negative|| + margin): 0 once the positive is nearer by the margin."""
+    return jax.nn.relu(distances(anchors, positives) - distances(anchors, negatives) + margin)

@@ -23,6 +23,7 @@ from agents.bc import BCAgent, BCConfig
 from agents.cpl import CPLAgent, CPLConfig
 from agents.general_preference import GeneralPreferenceAgent, GeneralPreferenceConfig
 from agents.iql import IQLAgent, IQLConfig
+from agents.oppo import HUMAN, OPPOAgent, OPPOConfig
 from agents.piql import PIQLAgent, PIQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
 from agents.sac import SACAgent, SACConfig
@@ -31,7 +32,14 @@ from labelers.regret import LogisticTeacher, MeasuredRegretTeacher, RegretTeache
 from labelers.teachers import Teacher
 from robopref.agent import Agent, create_seeds, select_seed, update_many
 from robopref.checkpoints import restore_checkpoint, save_checkpoint
-from robopref.datasets import PreferenceDataset, RankingDataset, TransitionDataset, fit_normalizer
+from robopref.datasets import (
+    PreferenceDataset,
+    RankingDataset,
+    TransitionDataset,
+    WindowDataset,
+    WindowPreferenceDataset,
+    fit_normalizer,
+)
 from robopref.episodes import EpisodeDataset
 from robopref.networks import Pixels
 from robopref.queries import Labeler, Labels, Queries, draw_queries
@@ -39,7 +47,7 @@ from robopref.rendering import no_backend_message, use_rendering_backend
 from robopref.types import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, LENGTH, SEEDS = 8, 4, 8
+BATCH, LENGTH, WINDOW, SEEDS = 8, 4, 6, 8
 
 
 def modules(package: str) -> set[str]:
@@ -60,12 +68,22 @@ def transitions(dataset: EpisodeDataset) -> TransitionDataset:
     return TransitionDataset.create(dataset)
 
 
-def preferences(dataset: EpisodeDataset) -> PreferenceDataset:
+def labelled(dataset: EpisodeDataset) -> tuple[Queries, Labels]:
     """Pairs whose second segment earned more (1), or less (0), or about as much (0.5)."""
     queries = draw_queries(dataset, np.random.default_rng(0), count=40, length=LENGTH)
     gap = np.subtract(*queries.partial_returns.T[::-1])
     values = np.where(np.abs(gap) < 0.5, 0.5, gap > 0)
-    return PreferenceDataset.create(queries, Labels(values=values, answered=np.full(40, True), labeler="test"))
+    return queries, Labels(values=values, answered=np.full(40, True), labeler="test")
+
+
+def preferences(dataset: EpisodeDataset) -> PreferenceDataset:
+    return PreferenceDataset.create(*labelled(dataset))
+
+
+def window_preferences(dataset: EpisodeDataset, *, with_unlabelled: bool) -> WindowPreferenceDataset:
+    """Windows of more steps than the segments, so that those near the end of an episode are padded."""
+    windows = WindowDataset.create(dataset, WINDOW)
+    return WindowPreferenceDataset.create(windows, *labelled(dataset), with_unlabelled=with_unlabelled)
 
 
 def rankings(dataset: EpisodeDataset) -> RankingDataset:
@@ -110,6 +128,12 @@ REWARD_CONFIG = RewardModelConfig(hidden_dims=(16,), ensemble=2, dropout=0.1, bo
 GENERAL_CONFIG = GeneralPreferenceConfig(hidden_dims=(16,), planes=2, dropout=0.1, learning_rate=1e-3)
 PIQL_CONFIG = PIQLConfig(reward=REWARD_CONFIG, iql=IQL_CONFIG, reward_updates=3)
 SAC_CONFIG = SACConfig(hidden_dims=(16,), layer_norm=True, learning_rate=1e-3, target_update_every=2)
+OPPO_CONFIG = OPPOConfig(
+    length=WINDOW, latent_dim=3, width=8, layers=1, episode_steps=16, learning_rate=1e-3, warmup_updates=4
+)
+OPPO_HUMAN_CONFIG = dataclasses.replace(
+    HUMAN, length=WINDOW, latent_dim=3, width=8, layers=1, episode_steps=16, learning_rate=1e-3, warmup_updates=4
+)
 PIXELS = Pixels(filters=4, strides=(2, 1), features=8, shift=2)
 
 AGENTS = {
@@ -122,6 +146,8 @@ AGENTS = {
     "cpl_rankings": AgentCase(CPLAgent, RANKINGS_CONFIG, rankings),
     "general_preference": AgentCase(GeneralPreferenceAgent, GENERAL_CONFIG, preferences),
     "iql": AgentCase(IQLAgent, IQL_CONFIG, transitions),
+    "oppo": AgentCase(OPPOAgent, OPPO_CONFIG, partial(window_preferences, with_unlabelled=False)),
+    "oppo_human": AgentCase(OPPOAgent, OPPO_HUMAN_CONFIG, partial(window_preferences, with_unlabelled=True)),
     "piql": AgentCase(PIQLAgent, PIQL_CONFIG, preferences),
     "reward_model": AgentCase(RewardModelAgent, REWARD_CONFIG, preferences),
     "sac": AgentCase(SACAgent, SAC_CONFIG, transitions),

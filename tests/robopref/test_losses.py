@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from robopref.losses import (
     all_pairs_loss,
     contrastive_preference_loss,
+    distances,
     expectile_loss,
     plackett_luce_loss,
     preference_loss,
     ranking_accuracy,
     smoothed,
     squared_error_log_probability,
+    triplet_loss,
 )
 from robopref.preferences import advantage_sum, plackett_luce_log_probability
 
@@ -276,3 +278,26 @@ def test_ranking_accuracy_counts_decided_pairs_of_every_member() -> None:
 def test_smoothed_labels_are_those_of_people_who_answer_at_random_now_and_then(smoothing: float) -> None:
     random_share = smoothing * np.array([0.5, 0.5, 0.5]) + (1 - smoothing) * np.array([0.0, 0.3, 1.0])
     np.testing.assert_allclose(smoothed(jnp.array([0.0, 0.3, 1.0]), smoothing), random_share, atol=1e-7)
+
+
+def test_triplet_loss_of_the_worked_example():
+    anchor, positive, negative = jnp.array([1.0, 0.0]), jnp.array([0.6, 0.8]), jnp.array([0.0, 1.0])
+    np.testing.assert_allclose(distances(anchor, jnp.stack([positive, negative])), [0.894427, 1.414214], atol=2e-6)
+    loss, gradient = jax.value_and_grad(triplet_loss)(anchor, positive, negative)
+    assert loss == pytest.approx(math.sqrt(0.8) - math.sqrt(2) + 1, abs=1e-5)
+    assert loss == pytest.approx(0.480214, abs=1e-5)
+    np.testing.assert_allclose(gradient, [-0.259893, -0.187320], atol=1e-5)
+
+
+def test_triplet_loss_is_0_beyond_the_margin_and_broadcasts():
+    anchor = jnp.zeros(2)
+    positives, negatives = jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([[6.0, 8.0], [0.0, 1.5]])
+    np.testing.assert_allclose(triplet_loss(anchor, positives, negatives), [0.0, 0.5], atol=1e-5)
+    np.testing.assert_allclose(triplet_loss(anchor, positives, negatives, jnp.array([7.0, 0.0])), [2.0, 0.0], atol=1e-5)
+
+
+def test_equal_vectors_have_a_distance_with_a_gradient():
+    place = jnp.array([0.3, -2.0])
+    distance, gradient = jax.value_and_grad(distances)(place, place)
+    assert 0 < distance < 1e-5
+    assert np.isfinite(gradient).all()
