@@ -496,7 +496,6 @@ def test_the_preferred_latent_acts_beyond_the_data_and_its_projection_within(toy
     windows = Constants().windows(levels, jax.random.key(5))
     made = predict(toy, encode(toy, windows), windows)[:, 0, 0]
     scores = np.asarray(toy.window_scores(windows))
-    print(raw_action, action, np.asarray(made), np.asarray(scores), float(toy.latent_norm), np.linalg.norm(toy.latent))
     assert np.abs(made - levels).max() < 0.2
     assert scores.argmax() >= 7
     assert np.corrcoef(scores, levels)[0, 1] > 0.8
