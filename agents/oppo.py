@@ -18,7 +18,7 @@ end further out than any window's latent, and what the policy makes of it then l
 What is not as in the authors' code:
 
 * padding is neither attended to nor pooled, so that nothing depends on what it holds; there, it enters z;
-* the encoder's last layer begins small, so that ||z|| is near 1 from the first update on and not after the first 1000;
+* the encoder's last layer begins small, so that ||z|| is near 1 from the first update on;
 * step B encodes without dropout, as the policy will be asked;
 * given unlabelled windows, L_HIM is on these: twice the mean over them, so that alpha weighs what it weighs without.
 """
