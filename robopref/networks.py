@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Bool, Float
 
 from robopref.types import Key, PyTree
@@ -124,16 +125,19 @@ class Trunk(nn.Module):
 
 
 class Dense(nn.Module):
-    """An affine map of the columns of a matrix."""
+    """An affine map of the columns of a matrix, or without a bias a linear one."""
 
     features: int
-    gain: float = 1.0
+    initializer: nn.initializers.Initializer = nn.initializers.orthogonal(1.0)
+    bias: bool = True
 
     @nn.compact
     def __call__(self, columns: Float[Array, "I N"]) -> Float[Array, "features N"]:
-        kernel = self.param("kernel", nn.initializers.orthogonal(self.gain), (columns.shape[0], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", self.initializer, (columns.shape[0], self.features))
         product: Array = kernel.T @ columns
+        if not self.bias:
+            return product
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return product + bias[:, None]
 
 
@@ -153,7 +157,7 @@ class MLP(nn.Module):
         # Behind the barrier, XLA really transposes what else it would read transposed in each product.
         columns: Array = jax.lax.optimization_barrier(inputs.reshape(-1, inputs.shape[-1]).T)  # type: ignore[no-untyped-call]
         for width in self.hidden_dims:
-            columns = nn.relu(Dense(width, gain=math.sqrt(2.0))(columns))
+            columns = nn.relu(Dense(width, nn.initializers.orthogonal(math.sqrt(2.0)))(columns))
             if self.dropout > 0:
                 columns = nn.Dropout(self.dropout, deterministic=deterministic)(columns)
         return Dense(self.output_dim)(columns).T.reshape(*inputs.shape[:-1], self.output_dim)
@@ -174,12 +178,84 @@ class DeterministicPolicy(nn.Module):
         return jnp.tanh(MLP(self.hidden_dims, self.action_dim, self.dropout)(observations, deterministic=deterministic))
 
 
+class Dropout(nn.Module):
+    """Sets a share of the inputs to 0 and scales up the others, so that what is expected stays.
+
+    The share is a multiple of 2^-16: one call of the generator decides about four numbers, where `nn.Dropout`, which
+    takes up to a fifth of an update on a processor, has one for each.
+    """
+
+    rate: float
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        dropped = round(self.rate * 2**16)
+        if self.deterministic or not dropped:
+            return inputs
+        seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
+        words = threefry_2x32(seed, jnp.arange((inputs.size + 1) // 2, dtype=jnp.uint32))
+        halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: inputs.size]
+        return jnp.where(halves.reshape(inputs.shape) >= dropped, inputs / (1 - dropped / 2**16), 0.0)
+
+
+class ColumnNorm(nn.Module):
+    """Layer normalisation of the columns of a matrix."""
+
+    @nn.compact
+    def __call__(self, columns: Float[Array, "E N"]) -> Float[Array, "E N"]:
+        width = columns.shape[0]
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        # Means as products, which are quicker on a processor than reductions along columns.
+        mean = partial(jnp.matmul, jnp.full((1, width), 1 / width), precision="highest")
+        centred = columns - mean(columns)
+        normalized: Array = centred * jax.lax.rsqrt(mean(jnp.square(centred)) + 1e-6)
+        return normalized * scale[:, None] + bias[:, None]
+
+
+class Attention(nn.Module):
+    """Dot-product attention of tokens, the columns of a matrix, to others of the same sequence.
+
+    Keys have no bias: it would add the same to all that a token compares, and so change nothing.
+    """
+
+    heads: int
+    dropout: float
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, to: Float[Array, "E Bn"], columns: Float[Array, "E BN"], mask: Bool[Array, "#B n N"]
+    ) -> Float[Array, "E Bn"]:
+        width = columns.shape[0]
+        project = partial(Dense, width, nn.initializers.lecun_normal())
+
+        def split(projected: Float[Array, "E BN"], length: int) -> Float[Array, "B H D N"]:
+            parts = projected.reshape(self.heads, width // self.heads, -1, length)
+            # Behind the barrier, each head is multiplied as it lies.
+            return jax.lax.optimization_barrier(jnp.transpose(parts, (2, 0, 1, 3)))  # type: ignore[no-any-return, no-untyped-call]
+
+        queries = split(project(name="query")(to), mask.shape[-2])
+        keys = split(project(bias=False, name="key")(columns), mask.shape[-1])
+        values = split(project(name="value")(columns), mask.shape[-1])
+        logits = jnp.einsum("bhdn,bhdm->bhnm", queries, keys) / math.sqrt(width // self.heads)
+        weights = jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min), axis=-1)
+        seen = jnp.einsum("bhdm,bhnm->bhdn", values, Dropout(self.dropout, self.deterministic)(weights))
+        joined: Array = jax.lax.optimization_barrier(jnp.transpose(seen, (1, 2, 0, 3)))  # type: ignore[no-untyped-call]
+        attended: Array = project(name="out")(joined.reshape(width, -1))
+        return attended
+
+
 class Transformer(nn.Module):
     """Blocks of self-attention and a network of one hidden layer, four times as wide, each with a residual connection.
 
     Layer normalisation comes before either part, and once more at the end (GPT-2), or after each residual connection
     (`post_norm`; BERT). Attention goes from every token to those that `mask` allows; a token that sees none, as padding
-    may be, gives something finite that no other token sees.
+    may be, gives something finite that no other token sees. Where only some outputs are looked at, `read` says which:
+    the last block computes no others.
+
+    Tokens are columns inside, for the reason that samples are in `MLP`.
     """
 
     layers: int
@@ -190,21 +266,43 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Float[Array, "*B N E"], mask: Bool[Array, "*#B N N"], *, deterministic: bool = True
-    ) -> Float[Array, "*B N E"]:
-        width = tokens.shape[-1]
-        dropout = partial(nn.Dropout, self.dropout, deterministic=deterministic)
-        hidden = dropout()(nn.LayerNorm()(tokens) if self.post_norm else tokens)
-        for _ in range(self.layers):
-            attend = nn.MultiHeadDotProductAttention(self.heads, dropout_rate=self.dropout, deterministic=deterministic)
-            normalize, renormalize = nn.LayerNorm(), nn.LayerNorm()
-            attended = dropout()(attend(hidden if self.post_norm else normalize(hidden), mask=mask[..., None, :, :]))
-            hidden = normalize(hidden + attended) if self.post_norm else hidden + attended
-            inner = self.activation(nn.Dense(4 * width)(hidden if self.post_norm else renormalize(hidden)))
-            added = dropout()(nn.Dense(width)(inner))
-            hidden = renormalize(hidden + added) if self.post_norm else hidden + added
-        output: Array = hidden if self.post_norm else nn.LayerNorm()(hidden)
-        return output
+        self,
+        tokens: Float[Array, "*B N E"],
+        mask: Bool[Array, "*#B N N"],
+        *,
+        read: slice = slice(None),
+        deterministic: bool = True,
+    ) -> Float[Array, "*B n E"]:
+        *batch, length, width = tokens.shape
+        allowed = jnp.broadcast_to(mask, (*batch, length, length)) if mask.ndim > 2 else mask
+        allowed = allowed.reshape(-1, length, length)
+        dropout, dense = (
+            partial(Dropout, self.dropout, deterministic),
+            partial(Dense, initializer=nn.initializers.lecun_normal()),
+        )
+        hidden: Array = jax.lax.optimization_barrier(tokens.reshape(-1, width).T)  # type: ignore[no-untyped-call]
+        hidden = dropout()(ColumnNorm()(hidden) if self.post_norm else hidden)
+        for layer in range(self.layers):
+            wanted = read if layer == self.layers - 1 else slice(None)
+            attend = Attention(self.heads, self.dropout, deterministic)
+            normalize, renormalize = ColumnNorm(), ColumnNorm()
+            seen = hidden if self.post_norm else normalize(hidden)
+            attended = attend(_some(seen, length, wanted), seen, allowed[:, wanted])
+            hidden = _some(hidden, length, wanted) + dropout()(attended)
+            hidden = normalize(hidden) if self.post_norm else hidden
+            inner = self.activation(dense(4 * width)(hidden if self.post_norm else renormalize(hidden)))
+            hidden = hidden + dropout()(dense(width)(inner))
+            hidden = renormalize(hidden) if self.post_norm else hidden
+        output: Array = hidden if self.post_norm else ColumnNorm()(hidden)
+        return output.T.reshape(*batch, -1, width)
+
+
+def _some(columns: Float[Array, "E BN"], length: int, which: slice) -> Float[Array, "E Bn"]:
+    """Some of the tokens of each sequence of this length."""
+    if which == slice(None):
+        return columns
+    width = columns.shape[0]
+    return columns.reshape(width, -1, length)[:, :, which].reshape(width, -1)
 
 
 def observation_shape(observations: Array, pixels: Pixels | None) -> tuple[int, ...]:

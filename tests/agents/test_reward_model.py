@@ -100,21 +100,23 @@ def transformer_rewards(params: Any, observations: np.ndarray, actions: np.ndarr
         tokens += [dense(observations[t], params["state"]) + position, dense(actions[t], params["action"]) + position]
     hidden = layer_norm(np.stack(tokens), params["LayerNorm_0"])
     block = params["Transformer_0"]
-    attention, normed = block["MultiHeadDotProductAttention_0"], layer_norm(hidden, block["LayerNorm_0"])
+    attention, normed = block["Attention_0"], layer_norm(hidden, block["ColumnNorm_0"])
+    query, key, value = (
+        dense(normed, attention["query"]),
+        normed @ attention["key"]["kernel"],
+        dense(normed, attention["value"]),
+    )
     attended = np.zeros_like(hidden)
+    size = SMALL["embed_dim"] // SMALL["heads"]
     for head in range(SMALL["heads"]):
-        projected = [
-            normed @ attention[name]["kernel"][:, head] + attention[name]["bias"][head]
-            for name in ("query", "key", "value")
-        ]
-        query, key, value = projected
+        part = slice(head * size, (head + 1) * size)
         for i in range(len(hidden)):
-            weights = softmax(key[: i + 1] @ query[i] / np.sqrt(key.shape[-1]))
-            attended[i] += (weights @ value[: i + 1]) @ attention["out"]["kernel"][head]
-    hidden = hidden + attended + attention["out"]["bias"]
-    inner = dense(layer_norm(hidden, block["LayerNorm_1"]), block["Dense_0"])
+            weights = softmax(key[: i + 1, part] @ query[i, part] / np.sqrt(size))
+            attended[i, part] = weights @ value[: i + 1, part]
+    hidden = hidden + dense(attended, attention["out"])
+    inner = dense(layer_norm(hidden, block["ColumnNorm_1"]), block["Dense_0"])
     inner = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
-    hidden = layer_norm(hidden + dense(inner, block["Dense_1"]), block["LayerNorm_2"])[1::2]
+    hidden = layer_norm(hidden + dense(inner, block["Dense_1"]), block["ColumnNorm_2"])[1::2]
     rewards, query, key = (dense(hidden, params[name]) for name in ("reward", "query", "key"))
     weights = np.mean([softmax(key @ one / np.sqrt(SMALL["embed_dim"])) for one in query], axis=0)
     return len(actions) * weights * rewards[:, 0]
