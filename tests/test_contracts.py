@@ -21,6 +21,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from agents.bc import BCAgent, BCConfig
 from agents.cpl import CPLAgent, CPLConfig
+from agents.decision_transformer import DecisionTransformerAgent, DecisionTransformerConfig
 from agents.general_preference import GeneralPreferenceAgent, GeneralPreferenceConfig
 from agents.iql import IQLAgent, IQLConfig
 from agents.oppo import HUMAN, OPPOAgent, OPPOConfig
@@ -92,6 +93,10 @@ def rankings(dataset: EpisodeDataset) -> RankingDataset:
     return RankingDataset.create(queries, Labels(orders=orders, answered=np.full(40, True), labeler="test"))
 
 
+def windows(dataset: EpisodeDataset) -> WindowDataset:
+    return WindowDataset.create(dataset, LENGTH)
+
+
 def images(dataset: EpisodeDataset) -> np.ndarray:
     """Of all rows, [R, 12, 12, 1]: four squares, whose brightness says where the point and its goal are."""
     brightness = np.clip(128 + 60 * dataset.observations[:, :4], 0, 255).reshape(-1, 2, 2)
@@ -134,6 +139,16 @@ OPPO_CONFIG = OPPOConfig(
 OPPO_HUMAN_CONFIG = dataclasses.replace(
     HUMAN, length=WINDOW, latent_dim=3, width=8, layers=1, episode_steps=16, learning_rate=1e-3, warmup_updates=4
 )
+DECISION_CONFIG = DecisionTransformerConfig(
+    length=LENGTH,
+    width=16,
+    layers=1,
+    heads=2,
+    learning_rate=1e-3,
+    warmup_updates=4,
+    return_scale=10.0,
+    episode_steps=16,
+)
 PIXELS = Pixels(filters=4, strides=(2, 1), features=8, shift=2)
 
 AGENTS = {
@@ -144,6 +159,7 @@ AGENTS = {
     "cpl_kl": AgentCase(CPLAgent, KL_CONFIG, preferences),
     "cpl_pixels": AgentCase(CPLAgent, dataclasses.replace(CPL_CONFIG, pixels=PIXELS), image_preferences, True),
     "cpl_rankings": AgentCase(CPLAgent, RANKINGS_CONFIG, rankings),
+    "decision_transformer": AgentCase(DecisionTransformerAgent, DECISION_CONFIG, windows),
     "general_preference": AgentCase(GeneralPreferenceAgent, GENERAL_CONFIG, preferences),
     "iql": AgentCase(IQLAgent, IQL_CONFIG, transitions),
     "oppo": AgentCase(OPPOAgent, OPPO_CONFIG, partial(window_preferences, with_unlabelled=False)),
