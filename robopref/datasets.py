@@ -254,8 +254,7 @@ class WindowPreferenceDataset(struct.PyTreeNode):
         if labels.values is None:
             raise ValueError(f"the labels of {labels.labeler!r} are orders of K segments, not of pairs.")
         answered = answered_queries(queries, labels)
-        if windows.left.shape[0] != len(queries.dataset.rewards):
-            raise ValueError(f"the windows are not of {queries.dataset.path}, which the queries are about.")
+        _check_windows(windows, queries.dataset)
         return cls(
             windows=windows,
             pairs=jnp.asarray(queries.dataset.offsets[answered.episodes] + answered.starts, jnp.int32),
@@ -286,12 +285,18 @@ class EndlessPreferences(struct.PyTreeNode):
     @classmethod
     def create(cls, windows: WindowDataset, dataset: EpisodeDataset, horizon: int) -> EndlessPreferences:
         """Labels compare the rewards of `horizon` steps from a window's first on, or up to its episode's end."""
+        _check_windows(windows, dataset)
         return cls(windows=windows, sums=jnp.asarray(sums_ahead(dataset, horizon), jnp.float32))
 
     def sample(self, key: Key, batch_size: int) -> WindowPreferences:
         rows = self.windows.rows[jax.random.randint(key, (batch_size, 2), 0, self.windows.rows.shape[0])]
         first, second = self.sums[rows[:, 0]], self.sums[rows[:, 1]]
         return WindowPreferences(windows=self.windows.at(rows), labels=0.5 + 0.5 * jnp.sign(second - first))
+
+
+def _check_windows(windows: WindowDataset, dataset: EpisodeDataset) -> None:
+    if windows.left.shape[0] != len(dataset.rewards):
+        raise ValueError(f"the windows are not of {dataset.path}, which the labels are about.")
 
 
 def sums_ahead(

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from flax import struct
 
-from robopref.agent import AgentPolicy, create_seeds, num_parameters, select_seed, update_many
+from robopref.agent import (
+    AgentPolicy,
+    ContextPolicy,
+    create_seeds,
+    first_windows,
+    num_parameters,
+    select_seed,
+    update_many,
+)
+from robopref.types import RewardedPolicy, Windows
 
 ROWS, DRAWN = 10, 4
 EXAMPLE = np.zeros(DRAWN, np.int32)
@@ -169,3 +178,122 @@ def test_a_policy_remembers_nothing_between_batches():
 def test_a_policy_says_who_acted_and_how_far_trained(numbers):
     trained, _ = update_many(diary(), numbers, jax.random.key(1), num_updates=5, batch_size=DRAWN)
     assert AgentPolicy(trained).describe(3) == {"behaviour": "Diary", "updates": 5.0}
+
+
+# Policies with a memory
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_first_windows_hold_the_present_step_alone(batch):
+    observations = np.random.default_rng(0).normal(size=(*batch, 3)).astype(np.float32)
+    returns = np.random.default_rng(1).normal(size=batch).astype(np.float32)
+    for asked in (2.5, jnp.asarray(returns)):
+        windows = first_windows(jnp.asarray(observations), 4, 2, asked)
+        assert windows.actions.shape == (*batch, 4, 2)
+        assert windows.steps.shape == windows.mask.shape == windows.returns_to_go.shape == (*batch, 4)
+        assert not np.any(windows.actions)
+        assert not np.any(windows.steps)
+        np.testing.assert_array_equal(windows.mask, np.broadcast_to([False, False, False, True], (*batch, 4)))
+        np.testing.assert_array_equal(windows.observations[..., 3, :], observations)
+        np.testing.assert_array_equal(windows.returns_to_go[..., 3], np.broadcast_to(np.asarray(asked), batch))
+        assert not np.any(windows.observations[..., :3, :])
+        assert not np.any(windows.returns_to_go[..., :3])
+
+
+class Recaller(struct.PyTreeNode):
+    """An agent whose action is made of all that it is shown: each quantity, weighted by its place in the window."""
+
+    step: jax.Array
+    context: int = struct.field(pytree_node=False, default=3)
+    action_dim: int = struct.field(pytree_node=False, default=2)
+
+    def act_in_context(self, windows: Windows) -> jax.Array:
+        places = jnp.arange(1.0, self.context + 1) * windows.mask
+        first = jnp.sum(places[..., None] * (windows.observations + 0.1 * windows.actions), axis=-2)
+        second = jnp.sum(places * (windows.returns_to_go + 10.0 * windows.steps), axis=-1)
+        return jnp.tanh(0.004 * (first + second[..., None]))
+
+
+class Cost(struct.PyTreeNode):
+    """A learned reward, so to speak."""
+
+    scale: jax.Array
+
+    def __call__(self, observations: jax.Array, actions: jax.Array) -> jax.Array:
+        return self.scale * jnp.sum(observations * actions, axis=-1)
+
+
+TARGET, CONTEXT, LANES, TIME = 7.0, 3, 4, 6
+SEEN = np.random.default_rng(2).normal(size=(TIME, LANES, 2))
+EARNED = np.random.default_rng(3).normal(size=(TIME, LANES))
+
+
+def recalled(lane: int, learned: float | None) -> list[np.ndarray]:
+    """The actions of one lane, from lists of what has been so far."""
+    observations, actions, asked = [], [], []
+    to_go = TARGET
+    for time in range(TIME):
+        observations.append(SEEN[time, lane])
+        asked.append(to_go)
+        total = np.zeros(2)
+        for step in range(max(0, time + 1 - CONTEXT), time + 1):
+            place = CONTEXT - (time - step)
+            earlier = actions[step] if step < time else np.zeros(2)
+            total += place * (observations[step] + 0.1 * earlier + asked[step] + 10.0 * step)
+        actions.append(np.tanh(0.004 * total))
+        to_go -= EARNED[time, lane] if learned is None else learned * np.sum(observations[-1] * actions[-1])
+    return actions
+
+
+def played(policy: ContextPolicy, lanes: slice = slice(None)) -> np.ndarray:
+    """The actions [time, lanes, 2] of a policy that is told what it earns."""
+    carry, actions = policy.start(np.arange(LANES)[lanes]), []
+    for observations, rewards in zip(SEEN[:, lanes], EARNED[:, lanes], strict=True):
+        chosen, carry = policy.step(carry, observations)
+        assert type(chosen) is np.ndarray
+        actions.append(chosen)
+        carry = policy.receive(carry, rewards)
+    return np.stack(actions)
+
+
+@pytest.mark.parametrize("learned", [None, 3.0])
+def test_a_policy_with_a_memory_shows_its_agent_the_last_steps_and_what_each_was_asked(learned):
+    """What was earned, or what the learned reward says was, is taken off what is asked for from the next step on."""
+    reward = None if learned is None else Cost(jnp.float32(learned))
+    policy = ContextPolicy(Recaller(jnp.zeros((), jnp.int32)), target_return=TARGET, reward_function=reward)
+    expected = np.stack([recalled(lane, learned) for lane in range(LANES)], axis=1)
+    assert np.abs(expected).max() < 0.95
+    np.testing.assert_allclose(played(policy), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lanes_of_a_policy_with_a_memory_know_nothing_of_each_other():
+    policy = ContextPolicy(Recaller(jnp.zeros((), jnp.int32)), target_return=TARGET)
+    together = played(policy)
+    for lane in range(LANES):
+        np.testing.assert_allclose(played(policy, slice(lane, lane + 1)), together[:, lane : lane + 1], rtol=1e-5)
+
+
+def test_the_memory_holds_a_window_of_what_happened():
+    policy = ContextPolicy(Recaller(jnp.zeros((), jnp.int32)), target_return=TARGET)
+    carry, actions = policy.start(np.arange(LANES)), []
+    for time in range(TIME):
+        chosen, carry = policy.step(carry, SEEN[time])
+        actions.append(chosen)
+        carry = policy.receive(carry, EARNED[time])
+        length = min(time + 1, CONTEXT)
+        past = range(time + 1 - length, time + 1)
+        windows = jax.tree.map(np.asarray, carry.windows)
+        assert windows.mask.tolist() == [[False] * (CONTEXT - length) + [True] * length] * LANES
+        np.testing.assert_array_equal(windows.steps[:, CONTEXT - length :], [list(past)] * LANES)
+        asked = np.stack([TARGET - EARNED[:step].sum(axis=0) for step in past], axis=1)
+        np.testing.assert_allclose(windows.returns_to_go[:, CONTEXT - length :], asked, rtol=1e-5)
+        np.testing.assert_array_equal(windows.actions[:, CONTEXT - length :], np.stack([actions[s] for s in past], 1))
+        np.testing.assert_array_equal(windows.observations[:, -1], SEEN[time].astype(np.float32))
+        np.testing.assert_allclose(carry.to_go, TARGET - EARNED[: time + 1].sum(axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_with_a_memory_is_told_rewards_and_says_who_acted():
+    policy = ContextPolicy(Recaller(jnp.asarray(4, jnp.int32)))
+    assert isinstance(policy, RewardedPolicy)
+    assert not isinstance(AgentPolicy(diary()), RewardedPolicy)
+    assert policy.describe(3) == {"behaviour": "Recaller", "updates": 4.0}

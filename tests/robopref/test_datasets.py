@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 
 from robopref.datasets import (
+    EndlessPreferences,
     PreferenceDataset,
     RankingDataset,
     SegmentTable,
     TransitionDataset,
+    WindowDataset,
+    WindowPreferenceDataset,
     answered_queries,
     best_episodes,
     check_actions,
+    sums_ahead,
 )
 from robopref.queries import Labels, Queries, draw_queries
-from robopref.types import Preferences, Segments
+from robopref.types import Preferences, Segments, Windows
 
 LENGTH = 4
 
@@ -201,6 +205,7 @@ def test_actions_that_no_agent_can_choose_are_refused(dataset, value):
     for create in (
         TransitionDataset.create,
         lambda dataset: SegmentTable.create(draw(dataset)),
+        lambda dataset: WindowDataset.create(dataset, LENGTH),
         check_actions,
     ):
         with pytest.raises(ValueError, match=rf"point reach {abs(value):.4g}, but agents act in \[-1, 1\]") as error:
@@ -252,3 +257,157 @@ def test_pairs_cost_two_rows_each_and_not_two_segments(dataset):
     few, many = (PreferenceDataset.create(draw(dataset, count), pair_labels(np.zeros(count))) for count in (10, 1010))
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(preferences)) for preferences in (few, many)]
     assert sizes[1] - sizes[0] == 1000 * (2 * 4 + 4)
+
+
+# Windows
+
+
+def expected_windows(episodes, places, length, rewards=None) -> dict[str, np.ndarray]:
+    """The windows that begin at these places, (episode, step), filled in step by step from behind."""
+    count = len(places)
+    held = {
+        "observations": np.zeros((count, length, 5), np.float32),
+        "actions": np.zeros((count, length, 2), np.float32),
+        "returns_to_go": np.zeros((count, length)),
+        "steps": np.zeros((count, length), int),
+        "mask": np.zeros((count, length), bool),
+    }
+    for row, (index, start) in enumerate(places):
+        episode = episodes[index]
+        earned = episode.rewards if rewards is None else rewards[index]
+        last = min(start + length, len(episode)) - 1
+        for back, step in enumerate(range(last, start - 1, -1)):
+            place = length - 1 - back
+            held["observations"][row, place] = episode.observations[step]
+            held["actions"][row, place] = episode.actions[step]
+            held["returns_to_go"][row, place] = sum(earned[step:])
+            held["steps"][row, place] = step
+            held["mask"][row, place] = True
+    return held
+
+
+def assert_windows(windows: Windows, expected: dict[str, np.ndarray]) -> None:
+    for name, array in expected.items():
+        np.testing.assert_allclose(getattr(windows, name), array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def places_of(chosen, episodes) -> list[tuple[int, int]]:
+    return [(index, step) for index in chosen for step in range(len(episodes[index]))]
+
+
+@pytest.mark.parametrize("length", [1, 4, 100])
+def test_windows_begin_at_every_step_and_end_with_their_episode(dataset, episodes, length):
+    windows = WindowDataset.create(dataset, length)
+    places = places_of(range(len(episodes)), episodes)
+    assert len(windows.rows) == len(places)
+    taken = windows.take(jnp.arange(len(places)))
+    assert_windows(taken, expected_windows(episodes, places, length))
+    # The last place is always a step: padding is in front alone.
+    assert np.asarray(taken.mask)[:, -1].all()
+    assert (np.diff(np.asarray(taken.mask).astype(int), axis=1) >= 0).all()
+
+
+def test_windows_of_chosen_episodes_and_of_other_rewards(dataset, episodes):
+    rng = np.random.default_rng(4)
+    other = [rng.normal(size=len(episode)) for episode in episodes]
+    rows = np.concatenate([np.append(each, 0.0) for each in other])
+    windows = WindowDataset.create(dataset, LENGTH, episodes=[7, 2, 7], rewards=rows)
+    places = places_of([2, 7], episodes)
+    taken = windows.take(jnp.arange(len(places)))
+    assert_windows(taken, expected_windows(episodes, places, LENGTH, other))
+    drawn = windows.sample(jax.random.key(0), 2000)
+    seen = {tuple(row) for row in np.asarray(drawn.observations[:, -1]).tolist()}
+    assert seen == {tuple(row) for row in np.asarray(taken.observations[:, -1]).tolist()}
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_windows_have_the_batch_axes_of_their_indices(dataset, batch):
+    windows = WindowDataset.create(dataset, LENGTH).take(jnp.zeros(batch, int))
+    assert windows.observations.shape == (*batch, LENGTH, 5)
+    assert windows.actions.shape == (*batch, LENGTH, 2)
+    assert windows.returns_to_go.shape == windows.steps.shape == windows.mask.shape == (*batch, LENGTH)
+
+
+def test_windows_that_cannot_be_are_refused(dataset):
+    with pytest.raises(ValueError, match="at least 1 step, not 0"):
+        WindowDataset.create(dataset, 0)
+    for episodes in ([], [0, 16], [-1]):
+        with pytest.raises(ValueError, match="has episodes 0 to 15; choose at least one"):
+            WindowDataset.create(dataset, LENGTH, episodes=episodes)
+    with pytest.raises(ValueError, match=r"rewards where .* has \(\d+,\) rows"):
+        WindowDataset.create(dataset, LENGTH, rewards=np.zeros(3))
+
+
+@pytest.mark.parametrize("horizon", [None, 1, 3, 1000])
+def test_sums_ahead_are_of_the_next_steps_of_the_same_episode(dataset, episodes, horizon):
+    expected = []
+    for episode in episodes:
+        for step in range(len(episode)):
+            expected.append(sum(episode.rewards[step : None if horizon is None else step + horizon]))
+        expected.append(0.0)
+    np.testing.assert_allclose(sums_ahead(dataset, horizon), expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(sums_ahead(dataset, horizon, 2 * dataset.rewards), 2 * np.array(expected), atol=1e-9)
+
+
+@pytest.mark.parametrize("with_unlabelled", [True, False])
+@pytest.mark.parametrize("length", [LENGTH, 2])
+def test_pairs_of_windows_are_the_first_steps_of_what_was_labelled(dataset, episodes, length, with_unlabelled):
+    values = np.where(np.arange(12) % 4 == 1, np.nan, np.arange(12) / 11)
+    queries = draw(dataset)
+    windows = WindowDataset.create(dataset, length, episodes=[3])
+    data = WindowPreferenceDataset.create(windows, queries, pair_labels(values), with_unlabelled=with_unlabelled)
+    kept = ~np.isnan(values)
+    pairs = data.take(jnp.arange(kept.sum()))
+    np.testing.assert_array_equal(pairs.labels, values[kept].astype("f4"))
+    for side in range(2):
+        places = list(zip(queries.episodes[kept, side], queries.starts[kept, side], strict=True))
+        one = jax.tree.map(lambda leaf, side=side: leaf[:, side], pairs.windows)
+        assert_windows(one, expected_windows(episodes, places, length))
+    assert pairs.unlabelled is None
+
+    batch = data.sample(jax.random.key(0), 200)
+    assert batch.labels.shape == (200,)
+    by_label = {float(label): row for row, label in enumerate(np.asarray(pairs.labels))}
+    rows = [by_label[float(label)] for label in np.asarray(batch.labels)]
+    np.testing.assert_array_equal(batch.windows.actions, np.asarray(pairs.windows.actions)[rows])
+    assert set(rows) == set(range(int(kept.sum())))
+    if not with_unlabelled:
+        assert batch.unlabelled is None
+        return
+    assert batch.unlabelled.mask.shape == (400, length)
+    # Of the windows that there are: those of episode 3, beginning at any of its steps.
+    first = np.asarray(batch.unlabelled.mask).argmax(axis=1)
+    starts = np.asarray(batch.unlabelled.steps)[np.arange(400), first]
+    assert set(starts) == set(range(len(episodes[3])))
+    assert_windows(batch.unlabelled, expected_windows(episodes, [(3, start) for start in starts], length))
+
+
+def test_pairs_of_windows_need_labels_of_pairs_in_the_windows_dataset(dataset):
+    windows = WindowDataset.create(dataset, LENGTH)
+    orders = Labels(orders=np.tile([1, 0], (12, 1)), answered=np.full(12, True), labeler="tester")
+    with pytest.raises(ValueError, match="'tester' are orders of K segments"):
+        WindowPreferenceDataset.create(windows, draw(dataset), orders)
+    other = windows.replace(left=windows.left[:-1])
+    with pytest.raises(ValueError, match=r"not of .*point, which the labels are about"):
+        WindowPreferenceDataset.create(other, draw(dataset), pair_labels(np.zeros(12)))
+    with pytest.raises(ValueError, match=r"not of .*point"):
+        EndlessPreferences.create(other, dataset, 3)
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 1000])
+def test_endless_labels_say_which_window_is_followed_by_more(dataset, episodes, horizon):
+    chosen = [1, 4, 9]
+    data = EndlessPreferences.create(WindowDataset.create(dataset, LENGTH, episodes=chosen), dataset, horizon)
+    batch = data.sample(jax.random.key(0), 300)
+    places = {tuple(episodes[i].observations[t].astype("f4")): (i, t) for i, t in places_of(chosen, episodes)}
+    first = np.asarray(batch.windows.mask).argmax(axis=2)
+    seen = np.take_along_axis(np.asarray(batch.windows.observations), first[..., None, None], axis=2)[:, :, 0]
+    begins = [[places[tuple(one)] for one in pair] for pair in seen]
+    sums = np.array([[sum(episodes[i].rewards[t : t + horizon]) for i, t in pair] for pair in begins])
+    expected = np.where(sums[:, 0] == sums[:, 1], 0.5, sums[:, 1] > sums[:, 0])
+    np.testing.assert_array_equal(batch.labels, expected)
+    assert {0.0, 0.5, 1.0} == set(np.asarray(batch.labels).tolist())
+    for side in range(2):
+        one = jax.tree.map(lambda leaf, side=side: leaf[:, side], batch.windows)
+        assert_windows(one, expected_windows(episodes, [pair[side] for pair in begins], LENGTH))
+    assert batch.unlabelled is None

@@ -14,8 +14,10 @@ from robopref.networks import (
     MLP,
     Convolutions,
     DeterministicPolicy,
+    Dropout,
     Normalizer,
     Pixels,
+    Transformer,
     Trunk,
     _convolve,
     _multiply_patches,
@@ -260,3 +262,152 @@ def test_the_identity_of_images_is_one_number_for_all_pixels():
     seen = normalizer(jnp.asarray(IMAGES))
     assert seen.dtype == jnp.float32
     np.testing.assert_array_equal(seen, IMAGES)
+
+
+# Transformers
+
+TOKENS, WIDTH, HEADS = 5, 8, 2
+SEQUENCES = np.random.default_rng(4).normal(size=(3, TOKENS, WIDTH)).astype(np.float32)
+MASKS = np.tril(np.ones((TOKENS, TOKENS), bool)) & np.array(
+    [[[1, 1, 1, 1, 1]], [[0, 0, 1, 1, 1]], [[1, 0, 1, 0, 1]]], bool
+)
+
+
+def make_transformer(post_norm: bool, **changes):
+    module = Transformer(2, HEADS, post_norm=post_norm, activation=jnp.tanh, **changes)
+    params = init(module, jax.random.key(0), jnp.asarray(SEQUENCES), jnp.asarray(MASKS))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(5)
+    return module, jax.tree.unflatten(tree, [leaf + rng.normal(0, 0.2, leaf.shape).astype("f4") for leaf in leaves])
+
+
+def affine(inputs, part):
+    return inputs @ np.asarray(part["kernel"], np.float64) + np.asarray(part.get("bias", 0.0), np.float64)
+
+
+def norm(inputs, part):
+    return layer_norm(inputs, np.asarray(part["scale"]), np.asarray(part["bias"]))
+
+
+def attended(inputs, mask, params):
+    """Of one sequence, head by head and token by token; a token that sees nothing is left at zeros."""
+    query, key, value = (affine(inputs, params[name]) for name in ("query", "key", "value"))
+    size, output = WIDTH // HEADS, np.zeros_like(inputs)
+    for start in range(0, WIDTH, size):
+        part = slice(start, start + size)
+        for token in range(len(inputs)):
+            others = np.flatnonzero(mask[token])
+            if len(others):
+                weights = np.exp(key[others, part] @ query[token, part] / np.sqrt(size))
+                output[token, part] = weights @ value[others, part] / weights.sum()
+    return affine(output, params["out"])
+
+
+def transformed(params, tokens, mask, post_norm: bool) -> np.ndarray:
+    """One sequence through two blocks, as the papers of GPT-2 and BERT have it."""
+    names = iter(f"ColumnNorm_{index}" for index in range(5))
+    hidden = np.asarray(tokens, np.float64)
+    if post_norm:
+        hidden = norm(hidden, params[next(names)])
+    for block in range(2):
+        first, second = params[next(names)], params[next(names)]
+        attention, up, down = (
+            params[name] for name in (f"Attention_{block}", f"Dense_{2 * block}", f"Dense_{2 * block + 1}")
+        )
+        if post_norm:
+            hidden = norm(hidden + attended(hidden, mask, attention), first)
+            hidden = norm(hidden + affine(np.tanh(affine(hidden, up)), down), second)
+        else:
+            hidden = hidden + attended(norm(hidden, first), mask, attention)
+            hidden = hidden + affine(np.tanh(affine(norm(hidden, second), up)), down)
+    return hidden if post_norm else norm(hidden, params[next(names)])
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_a_transformer_is_attention_and_a_network_with_residual_connections(post_norm):
+    module, params = make_transformer(post_norm)
+    outputs = np.asarray(apply(module, params, jnp.asarray(SEQUENCES), jnp.asarray(MASKS)))
+    for tokens, mask, output in zip(SEQUENCES, MASKS, outputs, strict=True):
+        sees = mask.any(axis=-1)
+        np.testing.assert_allclose(
+            output[sees], transformed(params, tokens, mask, post_norm)[sees], rtol=1e-4, atol=1e-4
+        )
+    assert np.isfinite(outputs).all()
+    one = jnp.asarray(MASKS[0])
+    shared = apply(module, params, jnp.asarray(SEQUENCES[:1]), one)
+    np.testing.assert_allclose(shared[0], outputs[0], rtol=1e-5, atol=1e-5)
+    single = apply(module, params, jnp.asarray(SEQUENCES[1]), jnp.asarray(MASKS[1]))
+    np.testing.assert_allclose(single, outputs[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_tokens_that_are_masked_or_see_nothing_change_no_other(post_norm):
+    """The second sequence begins with two tokens that nobody sees, and that see nothing themselves."""
+    module, params = make_transformer(post_norm)
+    mask, weights = jnp.asarray(MASKS[1]), np.linspace(1, 2, WIDTH, dtype=np.float32)
+
+    def total(tokens):
+        outputs = apply(module, params, tokens, mask)
+        return jnp.sum(weights * outputs[2:]), outputs
+
+    gradient, outputs = jax.grad(total, has_aux=True)(jnp.asarray(SEQUENCES[1]))
+    other, moved = jax.grad(total, has_aux=True)(jnp.asarray(SEQUENCES[1]).at[:2].multiply(-50.0))
+    np.testing.assert_allclose(outputs[2:], moved[2:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, other, rtol=1e-4, atol=1e-4)
+    assert not np.any(gradient[:2])
+    assert np.abs(gradient[2:]).max() > 0.1
+    assert np.isfinite(outputs).all()
+    short = apply(module, params, jnp.asarray(SEQUENCES[1, 2:]), mask[2:, 2:])
+    np.testing.assert_allclose(short, outputs[2:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("read", [slice(1, None, 3), slice(-1, None), slice(None)])
+def test_outputs_that_are_read_alone_are_the_same(post_norm, read):
+    module, params = make_transformer(post_norm)
+    inputs = {"params": params}, jnp.asarray(SEQUENCES), jnp.asarray(MASKS)
+    np.testing.assert_allclose(module.apply(*inputs, read=read), module.apply(*inputs)[:, read], rtol=1e-5, atol=1e-5)
+
+
+def test_a_transformers_dropout_acts_exactly_if_a_key_is_given():
+    module, params = make_transformer(False, dropout=0.5)
+    plain, _ = make_transformer(False)
+    inputs = jnp.asarray(SEQUENCES), jnp.asarray(MASKS)
+    np.testing.assert_allclose(apply(module, params, *inputs), apply(plain, params, *inputs), rtol=1e-6)
+    first, again, other = (apply(module, params, *inputs, dropout_key=jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_the_share_it_says_at_random_and_keeps_what_is_expected(rate):
+    inputs = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (3, 30_001)), jnp.float32)
+    outputs = np.asarray(apply_dropout(rate, inputs, 0))
+    dropped = outputs == 0
+    share = round(rate * 2**16) / 2**16
+    deviation = np.sqrt(share * (1 - share) / dropped.size)
+    np.testing.assert_allclose(dropped.mean(), share, atol=5 * deviation)
+    np.testing.assert_allclose(outputs[~dropped], np.asarray(inputs)[~dropped] / (1 - share), rtol=1e-6)
+    # Neighbours, halves of one word, rows and calls are dropped independently: both with probability share^2.
+    pairs = [
+        (dropped[:, :-1], dropped[:, 1:]),
+        (dropped[:-1], dropped[1:]),
+        (dropped, apply_dropout(rate, inputs, 1) == 0),
+    ]
+    for one, other in pairs:
+        np.testing.assert_allclose(np.mean(one & other), share**2, atol=5 * share / np.sqrt(one.size))
+
+
+def apply_dropout(rate: float, inputs: jax.Array, seed: int) -> np.ndarray:
+    output = Dropout(rate, deterministic=False).apply({}, inputs, rngs={"dropout": jax.random.key(seed)})
+    return np.asarray(output)
+
+
+def test_dropout_of_each_seed_is_its_own_when_several_are_computed_at_once():
+    inputs = jnp.ones((2, 7))
+    keys = jax.random.split(jax.random.key(0), 3)
+    drop = lambda key: Dropout(0.5, deterministic=False).apply({}, inputs, rngs={"dropout": key})  # noqa: E731
+    together = jax.vmap(drop)(keys)
+    for key, output in zip(keys, together, strict=True):
+        np.testing.assert_array_equal(drop(key), output)
+    assert len(np.unique(together.reshape(3, -1), axis=0)) == 3

@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from robopref.rollouts import RolloutWorkers, film_episode
+from robopref.rollouts import RolloutWorkers, film_episode, tell
 from robopref.types import Episode, Policy
 
 
@@ -349,3 +349,50 @@ def test_a_film_ends_some_time_after_the_first_success() -> None:
     frames, solved = film_episode(Walk(goal=4.0), QUIET, 0, every=1, hold=50)
     assert len(frames) == 13
     assert film_episode(Walk(edge=-100.0), QUIET, 0, every=4)[1] == [False, False]
+
+
+@dataclass(frozen=True)
+class Accountant(Push):
+    """Acts by how much its lane has earned so far."""
+
+    def start(self, seeds: np.ndarray) -> Any:
+        return np.zeros(len(seeds))
+
+    def step(self, carry: Any, observations: np.ndarray) -> tuple[np.ndarray, Any]:
+        return np.tanh(np.stack([0.1 * carry, -0.1 * carry], axis=1)), carry
+
+    def receive(self, carry: Any, rewards: np.ndarray) -> Any:
+        assert rewards.shape == carry.shape
+        return carry + rewards
+
+
+def test_a_policy_that_wants_to_know_is_told_what_it_earned() -> None:
+    carry, rewards = np.array([1.0, 2.0]), np.array([0.5, -3.0])
+    np.testing.assert_array_equal(tell(Accountant(), carry, rewards), [1.5, -1.0])
+    assert tell(Push(), carry, rewards) is carry
+
+
+def test_each_lane_is_told_its_own_rewards() -> None:
+    """Episodes end at different times, and some lanes only fill up the last call: none of this may mix them up."""
+    make_env = functools.partial(Walk, edge=1.0)
+    for lanes in (1, 3, 8):
+        episodes = run(range(7), lanes=lanes, make_env=make_env, policy=Accountant())
+        assert len({len(episode) for episode in episodes}) > 2
+        for episode in episodes:
+            earned = np.concatenate([[0.0], np.cumsum(episode.rewards)[:-1]])
+            expected = np.tanh(np.stack([0.1 * earned, -0.1 * earned], axis=1))
+            np.testing.assert_allclose(episode.actions, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_film_tells_its_policy_too() -> None:
+    told: list[float] = []
+
+    class Listener(Accountant):
+        def receive(self, carry: Any, rewards: np.ndarray) -> Any:
+            told.extend(rewards)
+            return super().receive(carry, rewards)
+
+    film_episode(Walk(horizon=5), Listener(), 2)
+    np.testing.assert_allclose(
+        told, run([2], make_env=functools.partial(Walk, horizon=5), policy=Accountant())[0].rewards
+    )
