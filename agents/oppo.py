@@ -473,13 +473,15 @@ class _Policy(nn.Module):
         causal = jnp.tril(jnp.ones((valid.shape[-1],) * 2, bool))
         transformer = Transformer(config.layers, config.policy_heads, config.dropout, activation=nn.relu)
         normalized = nn.LayerNorm()(_interleave(tokens))
-        hidden = transformer(normalized, causal & valid[..., None, :], deterministic=deterministic)
+        # Nobody reads the tokens of z, nor those of actions unless they make observations.
+        read = slice(None) if config.reconstruct_states else slice(1, None, 3)
+        hidden = transformer(normalized, causal & valid[..., None, :], read=read, deterministic=deterministic)
+        if not config.reconstruct_states:
+            return jnp.tanh(nn.Dense(self.action_dim)(hidden))
         hidden = hidden.reshape(*times.shape[:-1], 3, config.width)
         predicted = jnp.tanh(nn.Dense(self.action_dim)(hidden[..., 1, :]))
-        if config.reconstruct_states:
-            made = nn.Dense(observations.shape[-1])(hidden[..., 2, :])
-            predicted = jnp.concatenate([predicted, made], axis=-1)
-        return predicted
+        made = nn.Dense(observations.shape[-1])(hidden[..., 2, :])
+        return jnp.concatenate([predicted, made], axis=-1)
 
 
 def _interleave(tokens: list[Float[Array, "*B T E"]]) -> Float[Array, "*B N E"]:

@@ -12,7 +12,7 @@ plain task, and with simulator states:
 
 Skill and command of every episode are in its origin, and what the robot really did is in its infos, from which
 `envs.locomotion.window_attributes` measures speed, height, stride and leg preference. Returns are given as scores from
-0, random actions, to 100, the last checkpoint told to run as fast as it was ever told. They cannot be compared with
+0, random actions, to 100, the last checkpoint told the speed at which it earns most. They cannot be compared with
 scores of D4RL, whose references are others.
 """
 
@@ -71,6 +71,9 @@ COMMANDS: Mapping[str, Mapping[str, tuple[float, float]]] = {
 RETURN, SCORE = "return", "score"
 MEDIUM = 1 / 3
 """How far from random actions to the last checkpoint the medium one is."""
+
+SPEEDS = 6
+"""At which the last checkpoint is tried, before it is called expert."""
 
 
 AGENT = SACConfig(hidden_dims=(128, 128), layer_norm=True)
@@ -294,36 +297,48 @@ def judge(
     reference_episodes: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Job: what random actions, every checkpoint and the last one at its fastest earn, and which one is medium.
+    """Job: what random actions, every checkpoint and the last one at its best speed earn, and which one is medium.
 
     Returns:
-        `random` and `expert`, returns; `curve`, returns by step, under random commands; `medium`, a step; `last`;
-        `followed`, for each command, what the last checkpoint was told and did.
+        `random` and `expert`, returns, and `told`, the expert's command; `curve`, returns by step, under random
+        commands; `medium`, a step; `last`; `followed`, for each command, what the last checkpoint was told and did.
     """
     commander = Commander(task, training, checkpoints(context.folders[trained]))
-    fastest = [ends[1] if name == "speed" else sum(ends) / 2 for name, ends in COMMANDS[task].items()]
     steps = sorted(commander.saved)
+    reference, trial = (
+        range(first_seed(seed, purpose), first_seed(seed, purpose) + count)
+        for purpose, count in ((1, reference_episodes), (2, curve_episodes))
+    )
     with _workers(env) as workers:
-        random = workers.run(_random(env), range(first_seed(seed, 1), first_seed(seed, 1) + reference_episodes))
-        expert = workers.run(
-            commander.policy(steps[-1], told=fastest, stochastic=False),
-            range(first_seed(seed, 1), first_seed(seed, 1) + reference_episodes),
-        )
         curve, last = {}, []
         for done, step in enumerate(steps):
-            context.progress(done, len(steps))
-            last = workers.run(
-                commander.policy(step), range(first_seed(seed, 2), first_seed(seed, 2) + max(2, curve_episodes))
-            )
+            context.progress(done, len(steps) + SPEEDS + 2)
+            last = workers.run(commander.policy(step), trial)
             curve[step] = _returns(last)
+        earned = {}
+        for done, told in enumerate(_tempos(task)):
+            context.progress(len(steps) + done, len(steps) + SPEEDS + 2)
+            earned[told] = np.mean(_returns(workers.run(commander.policy(steps[-1], told=told), trial)))
+        best = max(earned, key=lambda told: earned[told])
+        # Told what earned most in other episodes, so that no luck is in what it is said to earn.
+        expert = workers.run(commander.policy(steps[-1], told=best, stochastic=False), reference)
+        random = workers.run(_random(env), reference)
     return {
         "random": _returns(random),
         "expert": _returns(expert),
+        "told": list(best),
         "curve": {str(step): returns for step, returns in curve.items()},
         "medium": medium_step(curve, _returns(random)),
         "last": steps[-1],
         "followed": followed(task, last),
     }
+
+
+def _tempos(task: str) -> list[tuple[float, ...]]:
+    """Commands from the slowest to the fastest, all else in the middle."""
+    low, high = COMMANDS[task]["speed"]
+    others = [sum(ends) / 2 for name, ends in COMMANDS[task].items() if name != "speed"]
+    return [(float(speed), *others) for speed in np.linspace(low, high, SPEEDS)]
 
 
 def medium_step(curve: Mapping[int, Sequence[float]], random: Sequence[float]) -> int:
@@ -407,7 +422,7 @@ def followed(task: str, episodes: Sequence[Episode]) -> dict[str, dict[str, list
 
 
 def scores(returns: Sequence[float] | np.ndarray, judged: Mapping[str, Any]) -> np.ndarray:
-    """Returns between those of random actions, 0, and of the last checkpoint at its fastest, 100."""
+    """Returns between those of random actions, 0, and of the last checkpoint at its best speed, 100."""
     floor, ceiling = np.mean(judged["random"]), np.mean(judged["expert"])
     return 100.0 * (np.asarray(returns, float) - floor) / (ceiling - floor)
 
