@@ -1,14 +1,15 @@
 """Updates per second of the agents, against a plain PyTorch implementation of the same updates in the same run.
 
     pip install -r requirements-benchmark.txt
-    python -m benchmarks.training [--cases iql cpl] [--compile] [--json FILE]
+    python -m benchmarks.training [--cases iql cpl decision] [--compile] [--json FILE]
 
 Both begin with the same parameters, draw minibatches of the same data inside the loop that is timed, and use all cores
 (or the GPU). First they make the same few updates on the same batches, and the program stops if their losses differ.
 Then they run in turn, a window each; a ratio is the median over windows that followed each other, so that what else the
 machine does slows neither alone. The peer is eager, in two forms: "torch" as the published implementations are written,
 with an optimiser of its own for each network and Adam as it comes; "fused" as one would write it for speed, with one
-backward pass and one fused Adam for all networks. `--compile` adds the latter under torch.compile.
+backward pass and one fused Adam for all networks, and no block of a transformer computed for tokens that nobody reads.
+`--compile` adds the latter under torch.compile.
 
 The last in turn is a bare matrix product of JAX's, of the sizes of a hidden layer: "of products" is how much of its
 FLOP/s the updates reach, counting three times the forward pass for what is trained and once for what is not. Below the
@@ -35,11 +36,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from agents.cpl import CPLAgent, CPLConfig
+from agents.decision_transformer import DecisionTransformerAgent, DecisionTransformerConfig
 from agents.iql import IQLAgent, IQLConfig
 from agents.piql import PIQLAgent, PIQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
-from robopref.agent import create_seeds, update_many
-from robopref.datasets import PreferenceDataset, SegmentTable, TransitionDataset
+from robopref.agent import create_seeds, num_parameters, update_many
+from robopref.datasets import PreferenceDataset, SegmentTable, TransitionDataset, WindowDataset
 from robopref.types import PyTree
 
 try:
@@ -48,12 +50,14 @@ except ImportError as error:
     raise SystemExit("PyTorch is what this compares with: pip install -r requirements-benchmark.txt") from error
 
 OBSERVATIONS, ACTIONS, ROWS, LENGTH, SEEDS = 39, 4, 50_000, 64, 8
+WINDOW, EPISODE = 20, 1000
 LEARNING_RATE = 3e-4
 ON_GPU = jax.default_backend() == "gpu"
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 Losses = dict[str, torch.Tensor]
 Form: TypeAlias = Literal["torch", "fused", "compiled"]
+Kind: TypeAlias = Literal["pairs", "transitions", "windows"]
 
 
 # The data, once for both.
@@ -75,6 +79,19 @@ def make_pairs() -> PreferenceDataset:
     rows = jnp.asarray(rng.integers(0, ROWS - LENGTH, (2500, 2)), jnp.int32)
     table = SegmentTable(steps.observations, steps.actions, rows, LENGTH)
     return PreferenceDataset(table, jnp.asarray(rng.integers(0, 2, 2500), jnp.float32))
+
+
+def make_windows() -> WindowDataset:
+    rng, data, steps = np.random.default_rng(2), make_transitions(), np.arange(ROWS) % (EPISODE + 1)
+    return WindowDataset(
+        observations=data.observations,
+        actions=data.actions,
+        returns_to_go=jnp.asarray(rng.uniform(0, 3000, ROWS), jnp.float32),
+        steps=jnp.asarray(steps, jnp.int32),
+        left=jnp.asarray(EPISODE - steps, jnp.int32),
+        rows=jnp.asarray(np.flatnonzero(steps[: ROWS - WINDOW] < EPISODE), jnp.int32),
+        length=WINDOW,
+    )
 
 
 def tensor(array: Any) -> torch.Tensor:
@@ -109,6 +126,26 @@ class TorchPairs:
     def take(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         steps = self.rows[indices][..., None] + self.steps
         return self.observations[steps], self.actions[steps], self.labels[indices]
+
+
+class TorchWindows:
+    """The same data as a `WindowDataset`."""
+
+    def __init__(self, data: WindowDataset) -> None:
+        self.columns = [
+            tensor(column) for column in (data.observations, data.actions, data.returns_to_go, data.steps.astype(int))
+        ]
+        self.left, self.rows = tensor(data.left), tensor(data.rows).long()
+        self.places = torch.arange(WINDOW, device=DEVICE)
+
+    def sample(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        return self.take(torch.randint(len(self.rows), (batch_size,), device=DEVICE))
+
+    def take(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = self.rows[indices]
+        places = self.places - (WINDOW - self.left[rows]).clamp(min=0)[:, None]
+        mask, steps = places >= 0, rows[:, None] + places.clamp(min=0)
+        return (*(column[steps] for column in self.columns), mask)
 
 
 # The peers.
@@ -260,6 +297,95 @@ class TorchPIQL(torch.nn.Module):
         self.iql.after(form)
 
 
+def linear(*parts: PyTree) -> torch.nn.Linear:
+    """One layer with the parameters of some of ours, side by side; a bias of zeros where there is none."""
+    kernel = np.concatenate([part["kernel"] for part in parts], axis=1)
+    module = torch.nn.Linear(*kernel.shape)
+    biases = [part["bias"] if "bias" in part else np.zeros(part["kernel"].shape[1], np.float32) for part in parts]
+    module.weight.data, module.bias.data = tensor(kernel.T.copy()), tensor(np.concatenate(biases))
+    return module.to(DEVICE)
+
+
+def layer_norm(part: PyTree) -> torch.nn.LayerNorm:
+    module = torch.nn.LayerNorm(len(part["scale"]), eps=1e-6)
+    module.weight.data, module.bias.data = tensor(part["scale"]), tensor(part["bias"])
+    return module.to(DEVICE)
+
+
+class TorchBlock(torch.nn.Module):
+    """Attention and a network of one hidden layer, as in GPT-2."""
+
+    def __init__(self, params: PyTree, index: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        attention = params[f"Attention_{index}"]
+        self.heads, self.rate = heads, dropout
+        self.norm, self.renorm = (layer_norm(params[f"ColumnNorm_{2 * index + place}"]) for place in range(2))
+        self.project = linear(*(attention[name] for name in ("query", "key", "value")))
+        self.out = linear(attention["out"])
+        self.up, self.down = (linear(params[f"Dense_{2 * index + place}"]) for place in range(2))
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor, read: slice) -> torch.Tensor:
+        batch, _, width = hidden.shape
+        projected = self.project(self.norm(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = projected.unbind()
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            queries[:, :, read], keys, values, attn_mask=mask[:, None, read], dropout_p=self.rate
+        )
+        hidden = hidden[:, read] + self.dropout(self.out(attended.transpose(1, 2).reshape(batch, -1, width)))
+        added: torch.Tensor = self.dropout(self.down(torch.relu(self.up(self.renorm(hidden)))))
+        return hidden + added
+
+
+class TorchDecisionTransformer(torch.nn.Module):
+    """The update of `DecisionTransformerAgent`."""
+
+    def __init__(self, agent: DecisionTransformerAgent) -> None:
+        super().__init__()
+        config, params, blocks = agent.config, agent.params, agent.params["Transformer_0"]
+        self.scale, self.last, self.clip = config.return_scale, config.episode_steps - 1, config.clip
+        self.step = torch.nn.Embedding.from_pretrained(tensor(params["step"]["embedding"]), freeze=False)
+        self.parts = torch.nn.ModuleList(linear(params[name]) for name in ("return", "observation", "action"))
+        self.norm, self.final = layer_norm(params["LayerNorm_0"]), layer_norm(blocks[f"ColumnNorm_{2 * config.layers}"])
+        self.blocks = torch.nn.ModuleList(
+            TorchBlock(blocks, index, config.heads, config.dropout) for index in range(config.layers)
+        )
+        self.head, self.dropout = linear(params["head"]), torch.nn.Dropout(config.dropout)
+        self.seen = torch.ones((3 * WINDOW, 3 * WINDOW), dtype=torch.bool, device=DEVICE).tril()
+        # Padding sees itself: PyTorch's attention gives NaN to a token that sees nothing.
+        self.itself = torch.eye(3 * WINDOW, dtype=torch.bool, device=DEVICE)
+        self.adam = functools.partial(torch.optim.AdamW, weight_decay=config.weight_decay)
+        self.form: Form = "torch"
+        # The keys' bias, which changes nothing, is there in PyTorch alone.
+        if sum(each.numel() for each in self.parameters()) - config.layers * config.width != num_parameters(params):
+            raise SystemExit("the two decision transformers differ in their number of parameters")
+
+    def forward(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        returns_to_go: torch.Tensor,
+        steps: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> Losses:
+        place = self.step(steps.clamp(max=self.last))
+        inputs = (returns_to_go[..., None] / self.scale, observations, actions)
+        tokens = torch.stack([part(each) + place for part, each in zip(self.parts, inputs, strict=True)], 2)
+        hidden = self.dropout(self.norm(tokens.flatten(1, 2)))
+        seen = self.seen & mask.repeat_interleave(3, 1)[:, None] | self.itself
+        everything, states = slice(None), slice(1, None, 3)
+        early = self.form != "torch"
+        for block in self.blocks[:-1]:
+            hidden = block(hidden, seen, everything)
+        hidden = self.blocks[-1](hidden, seen, states if early else everything)
+        means = torch.tanh(self.head(self.final(hidden)[:, everything if early else states]))
+        errors = (means - actions).square().mean(-1)
+        return {"policy/loss": (errors * mask).sum() / mask.sum()}
+
+    def trained(self) -> dict[str, torch.nn.Module]:
+        return {"policy/loss": self}
+
+
 class Peer:
     """A module, its optimisers, each with the losses that it lowers, and its data."""
 
@@ -267,11 +393,13 @@ class Peer:
         self.data, self.batch_size = data, batch_size
         self.losses = torch.compile(module) if form == "compiled" else module
         self.after: Callable[[Form], None] = getattr(module, "after", lambda form: None)
-        self.form = form
+        module.form = self.form = form
+        self.clip: float | None = getattr(module, "clip", None)
+        adam = getattr(module, "adam", torch.optim.Adam)
         networks = module.trained()
         groups = [[name] for name in networks] if form == "torch" else [list(networks)]
         self.optimizers = [
-            torch.optim.Adam(
+            adam(
                 [each for name in names for each in networks[name].parameters()],
                 lr=LEARNING_RATE,
                 fused=None if form == "torch" else True,
@@ -285,6 +413,8 @@ class Peer:
         for names, optimizer in zip(self.groups, self.optimizers, strict=True):
             optimizer.zero_grad()
             torch.stack([losses[name] for name in names]).sum().backward()
+            if self.clip is not None:
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.clip)
             optimizer.step()
         self.after(self.form)
         return losses
@@ -309,8 +439,8 @@ class Case:
         agent_class: ours.
         config: ours.
         module: the peer's.
-        pairs: whether the data are pairs of segments, or transitions.
-        batch_size: in pairs, or transitions.
+        kind: of the data.
+        batch_size: in pairs, transitions or windows.
         width: of the hidden layers.
         flops: of the matrix products of one update.
     """
@@ -320,14 +450,14 @@ class Case:
     agent_class: type[Any]
     config: Any
     module: type[torch.nn.Module]
-    pairs: bool
+    kind: Kind
     batch_size: int
     width: int
     flops: float
 
     @functools.cached_property
     def data(self) -> Any:
-        return make_pairs() if self.pairs else make_transitions()
+        return {"pairs": make_pairs, "transitions": make_transitions, "windows": make_windows}[self.kind]()
 
     @property
     def example(self) -> Any:
@@ -337,8 +467,13 @@ class Case:
         return self.agent_class.create(config or self.config, self.example, jax.random.key(0))
 
     def create_peer(self, agent: Any, form: Form) -> Peer:
-        data = TorchPairs(self.data) if self.pairs else TorchTransitions(self.data)
-        return Peer(self.module(agent), data, self.batch_size, form)
+        peers: dict[Kind, Any] = {"pairs": TorchPairs, "transitions": TorchTransitions, "windows": TorchWindows}
+        return Peer(self.module(agent), peers[self.kind](self.data), self.batch_size, form)
+
+    @property
+    def samples(self) -> int:
+        """What a network sees in a batch: steps, or tokens."""
+        return self.batch_size * {"pairs": 2 * LENGTH, "transitions": 1, "windows": 3 * WINDOW}[self.kind]
 
 
 def forward_flops(rows: int, inputs: int, hidden: tuple[int, ...], outputs: int) -> float:
@@ -359,7 +494,7 @@ def cpl_case(name: str, pairs: int, hidden: tuple[int, ...], dropout: float = 0.
     )
     sizes = f"{pairs} pairs x {LENGTH}, {hidden[0]} x {len(hidden)}" + (f", dropout {dropout}" if dropout else "")
     flops = 3 * forward_flops(2 * pairs * LENGTH, OBSERVATIONS, hidden, ACTIONS)
-    return Case(name, sizes, CPLAgent, config, TorchCPL, True, pairs, hidden[0], flops)
+    return Case(name, sizes, CPLAgent, config, TorchCPL, "pairs", pairs, hidden[0], flops)
 
 
 def reward_case(name: str, ensemble: int) -> Case:
@@ -367,14 +502,16 @@ def reward_case(name: str, ensemble: int) -> Case:
     config = RewardModelConfig(hidden_dims=hidden, ensemble=ensemble, learning_rate=LEARNING_RATE)
     flops = 3 * ensemble * forward_flops(2 * pairs * LENGTH, OBSERVATIONS + ACTIONS, hidden, 1)
     sizes = f"{pairs} pairs x {LENGTH}, {hidden[0]} x {len(hidden)}, {ensemble} member{'s' * (ensemble > 1)}"
-    return Case(name, sizes, RewardModelAgent, config, TorchRewardModel, True, pairs, hidden[0], flops)
+    return Case(name, sizes, RewardModelAgent, config, TorchRewardModel, "pairs", pairs, hidden[0], flops)
 
 
 def iql_case() -> Case:
     batch_size, hidden = 256, (256, 256)
     config = IQLConfig(hidden_dims=hidden, learning_rate=LEARNING_RATE)
     sizes = f"{batch_size} transitions, {hidden[0]} x {len(hidden)}"
-    return Case("iql", sizes, IQLAgent, config, TorchIQL, False, batch_size, hidden[0], iql_flops(batch_size, hidden))
+    return Case(
+        "iql", sizes, IQLAgent, config, TorchIQL, "transitions", batch_size, hidden[0], iql_flops(batch_size, hidden)
+    )
 
 
 def piql_case(name: str, pairs: int, hidden: tuple[int, ...]) -> Case:
@@ -386,7 +523,31 @@ def piql_case(name: str, pairs: int, hidden: tuple[int, ...]) -> Case:
     reward = 3 * forward_flops(rows, OBSERVATIONS + ACTIONS, hidden, 1)
     flops = reward + iql_flops(rows - 2 * pairs, hidden)
     sizes = f"{pairs} pairs x {LENGTH}, {hidden[0]} x {len(hidden)}"
-    return Case(name, sizes, PIQLAgent, config, TorchPIQL, True, pairs, hidden[0], flops)
+    return Case(name, sizes, PIQLAgent, config, TorchPIQL, "pairs", pairs, hidden[0], flops)
+
+
+def decision_case(name: str, batch_size: int, width: int, layers: int) -> Case:
+    """The last block is needed at the observations' tokens alone, but for its keys and values."""
+    config = DecisionTransformerConfig(
+        length=WINDOW, width=width, layers=layers, warmup_updates=0, learning_rate=LEARNING_RATE
+    )
+    tokens = 3 * WINDOW * batch_size
+    keys = forward_flops(tokens, width, (), 2 * width)
+    others = forward_flops(tokens, width, (), 2 * width) + forward_flops(tokens, width, (4 * width,), width)
+    attention = 2 * forward_flops(tokens, width, (), 3 * WINDOW)
+    flops = 3 * ((layers - 1) * (keys + others + attention) + keys + (others + attention) / 3)
+    sizes = f"{batch_size} windows x {WINDOW}, {width} x {layers}, dropout {config.dropout}"
+    return Case(
+        name,
+        sizes,
+        DecisionTransformerAgent,
+        config,
+        TorchDecisionTransformer,
+        "windows",
+        batch_size,
+        width,
+        flops,
+    )
 
 
 CASES = {
@@ -400,6 +561,8 @@ CASES = {
         reward_case("reward-3", 3),
         piql_case("piql", 96, (512, 512)),
         piql_case("piql-small", 32, (256, 256)),
+        decision_case("decision", 64, 128, 3),
+        decision_case("decision-small", 32, 64, 1),
     )
 }
 
@@ -485,7 +648,7 @@ def compare_seeds(case: Case, windows: int, window: float) -> dict[str, Any]:
 
 def product_run(case: Case, window: float) -> tuple[Callable[[], Any], float]:
     """Products [rows, width] x [width, width], one after the other, and their FLOPs."""
-    rows = 2 * case.batch_size * LENGTH if case.pairs else case.batch_size
+    rows = case.samples
     matrix = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(case.width, case.width)))[0], jnp.float32)
     flops = forward_flops(rows, case.width, (), case.width)
     count = max(2, round(updates_per_window(case, window) * case.flops / flops))
