@@ -188,6 +188,7 @@ def _optimizer(config: DecisionTransformerConfig) -> optax.GradientTransformatio
         if config.decay_updates is None:
             return warm
         left = max(config.decay_updates - config.warmup_updates, 1)
-        return warm * optax.cosine_decay_schedule(1.0, left)(jnp.maximum(count - config.warmup_updates, 0))
+        decayed: Array = warm * optax.cosine_decay_schedule(1.0, left)(jnp.maximum(count - config.warmup_updates, 0))
+        return decayed
 
     return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay))

@@ -240,7 +240,7 @@ class Attention(nn.Module):
         keys = split(project(bias=False, name="key")(columns), mask.shape[-1])
         values = split(project(name="value")(columns), mask.shape[-1])
         logits = jnp.einsum("bhdn,bhdm->bhnm", queries, keys) / math.sqrt(width // self.heads)
-        weights = jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min), axis=-1)
+        weights = jax.nn.softmax(jnp.where(mask[:, None], logits, np.finfo(np.float32).min), axis=-1)
         seen = jnp.einsum("bhdm,bhnm->bhdn", values, Dropout(self.dropout, self.deterministic)(weights))
         joined: Array = jax.lax.optimization_barrier(jnp.transpose(seen, (1, 2, 0, 3)))  # type: ignore[no-untyped-call]
         attended: Array = project(name="out")(joined.reshape(width, -1))
