@@ -173,7 +173,7 @@ PRESETS = {
         DEFAULT,
         preset="smoke",
         tasks=("Hopper/medium-expert",),
-        seeds=(0, 1),
+        seeds=(0,),
         few=4,
         many=8,
         horizon=10,

@@ -203,7 +203,7 @@ def test_an_encoder_without_layers_is_the_sum_of_its_valid_tokens():
     total = 0.0
     for layer, values in (("Dense_0", observations), ("Dense_1", np.asarray(windows.actions))):
         tokens = values @ params[layer]["kernel"] + params[layer]["bias"] + times
-        hidden = normalized(tokens, params["Transformer_0"]["LayerNorm_0"])
+        hidden = normalized(tokens, params["Transformer_0"]["ColumnNorm_0"])
         total = total + (hidden * np.asarray(windows.mask)[..., None]).sum(1)
     expected = total @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
     np.testing.assert_allclose(encode(agent, windows), expected, rtol=1e-4, atol=1e-5)

