@@ -24,8 +24,8 @@ MAY_IMPORT = {
 }
 RUNS_WITHOUT_JAX = ("client.py", "safety.py", "rig.py")
 HEAVY = {"jax", "jaxlib", "flax", "optax"}
-DISTRIBUTIONS = {"PIL": "pillow"}
-OPTIONAL = {"ray", "robosuite"}
+DISTRIBUTIONS = {"PIL": "pillow", "ott": "ott-jax"}
+OPTIONAL = {"ot", "ray", "robosuite"}
 REQUIREMENT_FILES = (
     "requirements.txt",
     "requirements-test.txt",
