@@ -29,6 +29,7 @@ from agents.piql import PIQLAgent, PIQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
 from agents.sac import SACAgent, SACConfig
 from envs.metaworld import CPL_VIEW
+from labelers.pearl import PearlConfig, PearlTeacher, transfer
 from labelers.regret import LogisticTeacher, MeasuredRegretTeacher, RegretTeacher, SimulatedRegretTeacher
 from labelers.teachers import Teacher
 from robopref.agent import Agent, create_seeds, select_seed, update_many
@@ -43,7 +44,7 @@ from robopref.datasets import (
 )
 from robopref.episodes import EpisodeDataset
 from robopref.networks import Pixels
-from robopref.queries import Labeler, Labels, Queries, draw_queries
+from robopref.queries import Labeler, Labels, Queries, draw_queries, pair_segments
 from robopref.rendering import no_backend_message, use_rendering_backend
 from robopref.types import Metrics
 
@@ -380,6 +381,15 @@ def measured_regret_teacher(point: Any, dataset: EpisodeDataset, **arguments: An
     return MeasuredRegretTeacher(dataset.hash, LENGTH, episodes, windows.starts[:, 0], regrets, **arguments)
 
 
+def pearl_teacher(point: Any, dataset: EpisodeDataset) -> PearlTeacher:
+    """What an oracle said of every pair of windows, carried over to these same windows."""
+    starts = [np.arange(count) for count in dataset.valid_starts(LENGTH)]
+    episodes = np.repeat(np.arange(len(dataset)), [len(each) for each in starts])
+    source = pair_segments(dataset, episodes, np.concatenate(starts), length=LENGTH, pairing="dense")
+    labels = Teacher().label(source, jax.random.key(0))
+    return transfer(source, labels, source, jax.random.key(0), PearlConfig(match="identity"))
+
+
 LABELERS = {
     "oracle": LabelerCase(lambda point, dataset: Teacher(), True),
     "myopic": LabelerCase(lambda point, dataset: Teacher(discount=0.9), True),
@@ -393,6 +403,7 @@ LABELERS = {
     "noisy_simulated_regret": LabelerCase(partial(simulated_regret_teacher, temperature=2.0), False),
     "measured_regret": LabelerCase(measured_regret_teacher, True),
     "noisy_measured_regret": LabelerCase(partial(measured_regret_teacher, temperature=2.0), False),
+    "pearl": LabelerCase(pearl_teacher, True),
 }
 RANKING = {"oracle", "myopic"} | {name for name in LABELERS if name.endswith("regret")}
 
