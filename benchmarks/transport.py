@@ -7,9 +7,9 @@ The problems are distances in two independent Gaussian clouds, in three and four
 structure to go by. "pot" is its conditional gradient from the product of the weights, the default of its users, and
 "pot, restarts" the best of eight starts. "entropic" is ours from the product alone, "exact" the same followed by the
 descent without regularisation, "three starts" what a caller of `gromov_wasserstein` gets with `exact=True`. Costs are
-those of the objective, by that of POT's restarts: below 1 is better. Programs are compiled before anything is timed, all
-run in turn, and times are medians, by that of "pot": above 1 is slower. The last table is a batch of equal sizes as one
-program, against the same problems one after the other, ours and POT's.
+those of the objective, by that of POT's restarts: below 1 is better. Programs are compiled before anything is timed,
+all run in turn, and times are medians, by that of "pot": above 1 is slower. The last table is a batch of equal sizes as
+one program, against the same problems one after the other, ours and POT's.
 """
 
 from __future__ import annotations

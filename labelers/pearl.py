@@ -330,7 +330,8 @@ def _couplings(
     # The mean over members of two clusters of what lies between them.
     shares = [each / each.sum(axis=0) for each in members]
     found = gromov_starts(
-        *(_distances(each) for each in centres),
+        _distances(centres[0]),
+        _distances(centres[1]),
         match_key,
         config.gromov,
         weights_x=masses[0],
@@ -393,18 +394,18 @@ def _clusters(
     _, chosen = kmeans2(features, count, minit="++", rng=rng)
     _, chosen = np.unique(chosen, return_inverse=True)
     members = chosen[:, None] == np.arange(chosen.max() + 1)
-    return members.T @ features / members.sum(axis=0)[:, None], members
+    return np.asarray(members.T @ features / members.sum(axis=0)[:, None]), members
 
 
 def _distances(features: Float[np.ndarray, "n F"]) -> Float[np.ndarray, "n n"]:
     found = _between(features, features)
     np.fill_diagonal(found, 0.0)
-    return (found + found.T) / 2.0
+    return np.asarray((found + found.T) / 2.0)
 
 
 def _between(first: Float[np.ndarray, "n F"], second: Float[np.ndarray, "m F"]) -> Float[np.ndarray, "n m"]:
     squares = np.square(first).sum(axis=1)[:, None] + np.square(second).sum(axis=1) - 2.0 * first @ second.T
-    return np.sqrt(np.maximum(squares, 0.0))
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
 
 
 def _generator(key: Key) -> np.random.Generator:
@@ -426,7 +427,7 @@ def _places(segments: Int[np.ndarray, "n 2"], queries: Queries) -> Int[np.ndarra
     """Which of the segments, in ascending order, each candidate is."""
     span = max(int(segments[:, 1].max()), int(queries.starts.max())) + 1
     known, wanted = segments @ [span, 1], queries.episodes * span + queries.starts
-    place = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    place: np.ndarray = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
     if not np.array_equal(known[place], wanted):
         query, candidate = np.argwhere(known[place] != wanted)[0]
         raise ValueError(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -61,25 +61,22 @@ class Coupling(struct.PyTreeNode):
         converged: whether the solver came to rest, and kept the sums meanwhile.
     """
 
-    matrix: Float[Array, "*B n m"]
-    cost: Float[Array, "*B"]
-    product_cost: Float[Array, "*B"]
-    entropy_ratio: Float[Array, "*B"]
-    converged: Bool[Array, "*B"]
+    matrix: Float[Any, "*B n m"]
+    cost: Float[Any, "*B"]
+    product_cost: Float[Any, "*B"]
+    entropy_ratio: Float[Any, "*B"]
+    converged: Bool[Any, "*B"]
 
     @property
-    def cost_ratio(self) -> Float[Array, "*B"]:
+    def cost_ratio(self) -> Float[Any, "*B"]:
         """Cost by product cost: near 1 the coupling says nothing. 1 where the product costs nothing either."""
-        ratio: Array = np.where(
-            self.product_cost > 0, self.cost / np.where(self.product_cost > 0, self.product_cost, 1), 1.0
-        )
-        return ratio
+        nothing = self.product_cost == 0
+        return self.cost / (self.product_cost + nothing) + nothing
 
     @property
-    def informative(self) -> Bool[Array, "*B"]:
+    def informative(self) -> Bool[Any, "*B"]:
         """Whether it differs from the product, in cost and in entropy, by more than a few percent."""
-        found: Array = (self.cost_ratio < _UNINFORMATIVE_COST) & (self.entropy_ratio < _UNINFORMATIVE_ENTROPY)
-        return found
+        return (self.cost_ratio < _UNINFORMATIVE_COST) & (self.entropy_ratio < _UNINFORMATIVE_ENTROPY)
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ def sinkhorn(
     weights_x: Float[Array, " n"] | None = None,
     weights_y: Float[Array, " m"] | None = None,
     *,
-    epsilon: float | Float[Array, ""] = 0.05,
+    epsilon: Any = 0.05,
     threshold: float = 1e-3,
     max_iterations: int = 2000,
 ) -> Coupling:
@@ -258,7 +255,8 @@ def gromov_wasserstein_batch(
         _finished(problem, np.asarray(matrix, np.float64), bool(each))
         for problem, matrix, each in zip(problems, matrices, stopped, strict=True)
     ]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *couplings)
+    batch: Coupling = jax.tree.map(lambda *leaves: np.stack(leaves), *couplings)
+    return batch
 
 
 def warn_if_uninformative(coupling: Coupling) -> None:
@@ -319,8 +317,8 @@ class _Problem:
 
     def gradient(self, matrix: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
         rows, columns = (self.costs_x**2) @ self.weights_x, (self.costs_y**2) @ self.weights_y
-        bent: np.ndarray = 2.0 * (rows[:, None] + columns - 2.0 * self.costs_x @ matrix @ self.costs_y)
-        return bent + self.linear_costs
+        bent = 2.0 * (rows[:, None] + columns - 2.0 * self.costs_x @ matrix @ self.costs_y)
+        return np.asarray(bent + self.linear_costs)
 
 
 def _checked(name: str, given: Any) -> np.ndarray:
@@ -336,7 +334,7 @@ def _checked_weights(name: str, given: Any, size: int) -> Float[np.ndarray, " n"
     weights = _checked(name, given)
     if weights.shape != (size,) or (weights < 0).any() or not weights.sum() > 0:
         raise ValueError(f"{name} must be {size} masses of at least 0, not all of them 0.")
-    return weights / weights.sum()
+    return np.asarray(weights / weights.sum())
 
 
 def _starts(
@@ -393,7 +391,7 @@ def _scaled_to(kernel: Float[np.ndarray, "n m"], problem: _Problem) -> Float[np.
 
 
 def _fraction(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return np.asarray(np.divide(above, below, out=np.zeros_like(above), where=below > 0))
 
 
 def _rounded(
@@ -405,7 +403,7 @@ def _rounded(
     rows = np.maximum(weights_x - matrix.sum(axis=1), 0.0)
     columns = np.maximum(weights_y - matrix.sum(axis=0), 0.0)
     left = rows.sum()
-    return matrix + np.outer(rows, columns) / left if left > 1e-15 else matrix
+    return np.asarray(matrix + np.outer(rows, columns) / left if left > 1e-15 else matrix)
 
 
 def _entropy(masses: Any) -> Any:
@@ -473,7 +471,7 @@ def _solve_stage(
     weights_x: Float[Array, " n"],
     weights_y: Float[Array, " m"],
     start: Float[Array, "n m"],
-    epsilon: Float[Array, ""],
+    epsilon: Any,
     *,
     threshold: float,
     max_iterations: int,
@@ -516,10 +514,11 @@ def _stage_batch(
     epsilon: Float[Array, ""],
     **settings: Any,
 ) -> tuple[Float[Array, "B n m"], Bool[Array, " B"]]:
-    one = functools.partial(_solve_stage, **settings)
-    return jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, None))(
+    one: Callable[..., Any] = functools.partial(_solve_stage, **settings)
+    found: tuple[Array, Array] = jax.vmap(one, in_axes=(0, 0, 0, 0, 0, 0, None))(
         costs_x, costs_y, linear_costs, weights_x, weights_y, start, epsilon
     )
+    return found
 
 
 def _padded(problem: _Problem, start: Float[np.ndarray, "n m"]) -> list[Array]:
