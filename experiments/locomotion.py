@@ -18,6 +18,7 @@ scores of D4RL, whose references are others.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from scipy import stats
 
 import envs
 from agents.sac import SACAgent, SACConfig
-from envs.locomotion import ATTRIBUTES, append_command, window_attributes
+from envs.locomotion import ATTRIBUTES, LocomotionEnv, append_command, window_attributes
 from experiments.experiment import (
     RunArgs,
     check_args,
@@ -218,6 +219,7 @@ class Commander(NamedTuple):
     def policy(self, step: int, *, told: Sequence[float] | None = None, stochastic: bool = True) -> CommandedPolicy:
         """The policy of a checkpoint."""
         env = envs.make(training_env(self.task, self.training))
+        assert isinstance(env, LocomotionEnv)
         agent = restore_checkpoint(self.saved[step], _blank(self.training.agent, env))
         return CommandedPolicy(
             AgentPolicy(agent, stochastic),
@@ -244,24 +246,25 @@ def jobs(args: Args) -> list[Job]:
     """The grid: per task the training, what is known of its checkpoints, and the datasets."""
     every = []
     for task in args.tasks:
-        shared = {"task": task, "training": args.training, "env": plain_env(args, task), "trained": f"train/{task}"}
-        every.append(Job(shared["trained"], train, {"task": task, "training": args.training, "seed": args.seed}))
-        judged = {
+        trained, judged = f"train/{task}", f"judge/{task}"
+        shared = {"task": task, "training": args.training, "env": plain_env(args, task), "trained": trained}
+        every.append(Job(trained, train, {"task": task, "training": args.training, "seed": args.seed}))
+        asked = {
             **shared,
             "curve_episodes": args.curve_episodes,
             "reference_episodes": args.reference_episodes,
             "seed": args.seed,
         }
-        every.append(Job(f"judge/{task}", judge, judged, needs=(shared["trained"],)))
+        every.append(Job(judged, judge, asked, needs=(trained,)))
         for number, name in enumerate(SETS):
             arguments = {
                 **shared,
-                "judged": f"judge/{task}",
+                "judged": judged,
                 "kind": name,
                 "episodes": args.episodes,
                 "first_seed": first_seed(args.seed, number + 4),
             }
-            every.append(Job(f"data/{task}/{name}", collect, arguments, needs=(shared["trained"], f"judge/{task}")))
+            every.append(Job(f"data/{task}/{name}", collect, arguments, needs=(trained, judged)))
     return every
 
 
@@ -369,14 +372,14 @@ def collect(
     if not path.exists():
         commander = Commander(task, training, checkpoints(context.folders[trained]))
         medium, last = context.values[judged]["medium"], context.values[judged]["last"]
-        policies: list[Policy] = {
-            "medium": lambda: [commander.policy(medium)],
-            "medium-replay": lambda: [
-                _random(env),
-                *(commander.policy(step) for step in sorted(commander.saved) if step <= medium),
-            ],
-            "medium-expert": lambda: [commander.policy(medium), commander.policy(last)],
-        }[kind]()
+        steps = {
+            "medium": [medium],
+            "medium-replay": [step for step in sorted(commander.saved) if step <= medium],
+            "medium-expert": [medium, last],
+        }[kind]
+        policies: list[Policy] = [commander.policy(step) for step in steps]
+        if kind == "medium-replay":
+            policies.insert(0, _random(env))
         shares = [len(part) for part in np.array_split(np.arange(episodes), len(policies))]
         gathered: list[Episode] = []
         with _workers(env) as workers:
@@ -505,7 +508,7 @@ def _workers(env: Mapping[str, Any]) -> RolloutWorkers:
 
 
 def _random(env: Mapping[str, Any]) -> RandomPolicy:
-    with envs.make(env) as sample:
+    with contextlib.closing(envs.make(env)) as sample:
         return RandomPolicy(sample.action_space.shape[0])
 
 
