@@ -25,7 +25,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Self
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -35,7 +34,8 @@ from jaxtyping import Array, Float
 from robopref.agent import TrainState, adam
 from robopref.images import augment
 from robopref.losses import preference_loss, ranking_accuracy, smoothed
-from robopref.networks import MLP, Convolutions, Normalizer, Pixels, Transformer, Trunk, apply, init, observation_shape
+from robopref.networks import Normalizer, Pixels, observation_shape
+from robopref.reward_networks import MLPReward, PreferenceTransformer, init_members, member_rewards
 from robopref.types import Key, Metrics, Preferences, PyTree, Segments
 
 
@@ -91,70 +91,13 @@ class RewardModelConfig:
         if self.network == "transformer" and self.embed_dim % self.heads:
             raise ValueError(f"embed_dim ({self.embed_dim}) must be a multiple of heads ({self.heads}).")
 
-
-class MLPReward(nn.Module):
-    """A reward for each step from that step's observation and action alone."""
-
-    hidden_dims: tuple[int, ...]
-    dropout: float = 0.0
-    bounded: bool = False
-    pixels: Pixels | None = None
-
-    @nn.compact
-    def __call__(
-        self, observations: Float[Array, "*B T *O"], actions: Float[Array, "*B T A"], *, deterministic: bool = True
-    ) -> Float[Array, "*B T"]:
-        steps = jnp.concatenate([_see(self.pixels, observations), actions], axis=-1)
-        rewards = MLP(self.hidden_dims, 1, self.dropout)(steps, deterministic=deterministic)[..., 0]
-        return jnp.tanh(rewards) if self.bounded else rewards
-
-
-class PreferenceTransformer(nn.Module):
-    """Rewards that depend on the past, weighted by how much each step matters in the whole segment.
-
-    Segments may be shorter than `max_length`, never longer.
-    """
-
-    embed_dim: int
-    layers: int
-    heads: int
-    max_length: int
-    dropout: float = 0.0
-    bounded: bool = False
-    pixels: Pixels | None = None
-
-    @nn.compact
-    def __call__(
-        self, observations: Float[Array, "*B T *O"], actions: Float[Array, "*B T A"], *, deterministic: bool = True
-    ) -> Float[Array, "*B T"]:
-        """T w_t r_t; the parts are kept as intermediates "rewards" (causal r_t) and "weights" (w_t, whose sum is 1)."""
-        embeddings = self._trunk(_see(self.pixels, observations), actions, deterministic)
-        rewards = nn.Dense(1, name="reward")(embeddings)[..., 0]
-        rewards = jnp.tanh(rewards) if self.bounded else rewards
-        queries = nn.Dense(self.embed_dim, name="query")(embeddings)
-        keys = nn.Dense(self.embed_dim, name="key")(embeddings)
-        # The authors' code divides by the square root of the values' dimension, which is 1. At a width of 256 that
-        # makes each softmax all but a choice of one step from the start, so this divides by that of the keys.
-        logits = queries @ jnp.swapaxes(keys, -1, -2) / jnp.sqrt(self.embed_dim)
-        weights = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=-2)
-        self.sow("intermediates", "rewards", rewards)
-        self.sow("intermediates", "weights", weights)
-        return rewards.shape[-1] * weights * rewards
-
-    def _trunk(
-        self, observations: Float[Array, "*B T O"], actions: Float[Array, "*B T A"], deterministic: bool
-    ) -> Float[Array, "*B T E"]:
-        """The output of the causal transformer at each action, which has seen s_0, a_0, …, s_t, a_t."""
-        batch, time = actions.shape[:-2], actions.shape[-2]
-        positions = nn.Embed(self.max_length, self.embed_dim, name="position")(jnp.arange(time))
-        states = nn.Dense(self.embed_dim, name="state")(observations) + positions
-        choices = nn.Dense(self.embed_dim, name="action")(actions) + positions
-        hidden = jnp.stack([states, choices], axis=-2).reshape(*batch, 2 * time, self.embed_dim)
-        mask = jnp.tril(jnp.ones((2 * time, 2 * time), bool))
-        transformer = Transformer(self.layers, self.heads, self.dropout)
-        hidden = transformer(nn.LayerNorm()(hidden), mask, deterministic=deterministic)
-        embeddings: Array = hidden[..., 1::2, :]
-        return embeddings
+    def build_network(self) -> MLPReward | PreferenceTransformer:
+        """The network of one member."""
+        if self.network == "mlp":
+            return MLPReward(self.hidden_dims, self.dropout, self.bounded, self.pixels)
+        return PreferenceTransformer(
+            self.embed_dim, self.layers, self.heads, self.max_length, self.dropout, self.bounded, self.pixels
+        )
 
 
 class RewardModelAgent(TrainState):
@@ -168,15 +111,13 @@ class RewardModelAgent(TrainState):
     ) -> Self:
         """A ValueError if the transformer has too few positions for the segments of `example`."""
         segments = example.segments
-        _check_length(config, segments)
+        params = init_members(config.build_network(), key, config.ensemble, segments)
         shape, action_dim = observation_shape(segments.observations, config.pixels), segments.actions.shape[-1]
-        network, steps = _network(config), (jnp.zeros((1, *shape)), jnp.zeros((1, action_dim)))
-        params = jax.vmap(lambda key: init(network, key, *steps))(jax.random.split(key, config.ensemble))
         return cls.begin(config, params, _optimizer(config).init(params), shape, action_dim, normalizer)
 
     @property
     def network(self) -> MLPReward | PreferenceTransformer:
-        return _network(self.config)
+        return self.config.build_network()
 
     def loss(self, params: PyTree, batch: Preferences, key: Key) -> tuple[Array, Metrics]:
         """Mean cross-entropy over pairs and members, with dropout and, from images, with random shifts.
@@ -221,44 +162,8 @@ class RewardModelAgent(TrainState):
     def _rewards(
         self, params: PyTree, segments: Segments, *, dropout_key: Key | None = None
     ) -> Float[Array, " E *B T"]:
-        _check_length(self.config, segments)
-        steps = self.normalizer(segments.observations), segments.actions
-        if dropout_key is None:
-            return jax.vmap(lambda member: apply(self.network, member, *steps))(params)
-        keys = jax.random.split(dropout_key, self.config.ensemble)
-        return jax.vmap(lambda member, key: apply(self.network, member, *steps, dropout_key=key))(params, keys)
-
-
-def _network(config: RewardModelConfig) -> MLPReward | PreferenceTransformer:
-    if config.network == "mlp":
-        return MLPReward(config.hidden_dims, config.dropout, config.bounded, config.pixels)
-    return PreferenceTransformer(
-        config.embed_dim,
-        config.layers,
-        config.heads,
-        config.max_length,
-        config.dropout,
-        config.bounded,
-        config.pixels,
-    )
-
-
-def _see(pixels: Pixels | None, observations: Float[Array, "*B *O"]) -> Float[Array, "*B F"]:
-    """Vectors as they are; images, within a module, through an encoder of its own."""
-    if pixels is None:
-        return observations
-    features: Array = Trunk(pixels.features)(Convolutions(pixels)(observations))
-    return features
+        return member_rewards(self.network, params, self.normalizer, segments, dropout_key)
 
 
 def _optimizer(config: RewardModelConfig) -> optax.GradientTransformation:
     return adam(config.learning_rate, config.decay_updates, config.weight_decay)
-
-
-def _check_length(config: RewardModelConfig, segments: Segments) -> None:
-    length = segments.actions.shape[-2]
-    if config.network == "transformer" and length > config.max_length:
-        raise ValueError(
-            f"the segments are {length} steps long, but the transformer has positions for {config.max_length}; "
-            f"create the reward model with max_length={length} or more, or cut the segments."
-        )
