@@ -91,12 +91,19 @@ class RewardModelConfig:
         if self.network == "transformer" and self.embed_dim % self.heads:
             raise ValueError(f"embed_dim ({self.embed_dim}) must be a multiple of heads ({self.heads}).")
 
-    def build_network(self) -> MLPReward | PreferenceTransformer:
-        """The network of one member."""
+    def build_network(self, *, uncertain: bool = False) -> MLPReward | PreferenceTransformer:
+        """The network of one member, with or without a second head."""
         if self.network == "mlp":
-            return MLPReward(self.hidden_dims, self.dropout, self.bounded, self.pixels)
+            return MLPReward(self.hidden_dims, self.dropout, self.bounded, self.pixels, uncertain)
         return PreferenceTransformer(
-            self.embed_dim, self.layers, self.heads, self.max_length, self.dropout, self.bounded, self.pixels
+            self.embed_dim,
+            self.layers,
+            self.heads,
+            self.max_length,
+            self.dropout,
+            self.bounded,
+            self.pixels,
+            uncertain,
         )
 
 

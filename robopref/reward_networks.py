@@ -1,7 +1,8 @@
 """Networks that give each step of a segment a reward, for the learners of rewards.
 
 An MLP, and the Preference Transformer of Kim et al. 2023 (arXiv:2303.00957); which rewards they give is said in
-`agents/reward_model.py`. From images, each network has an encoder of its own, whose features stand for observations.
+`agents/reward_model.py`. Either may have a second head that says how uncertain each reward is. From images, each
+network has an encoder of its own, whose features stand for observations.
 """
 
 from __future__ import annotations
@@ -16,26 +17,32 @@ from robopref.types import Key, PyTree, Segments
 
 
 class MLPReward(nn.Module):
-    """A reward for each step from that step's observation and action alone."""
+    """A reward for each step from that step's observation and action alone.
+
+    If `uncertain`, there is an axis of two at the end: the reward, and whatever logarithm its uncertainty is given as.
+    """
 
     hidden_dims: tuple[int, ...]
     dropout: float = 0.0
     bounded: bool = False
     pixels: Pixels | None = None
+    uncertain: bool = False
 
     @nn.compact
     def __call__(
         self, observations: Float[Array, "*B T *O"], actions: Float[Array, "*B T A"], *, deterministic: bool = True
-    ) -> Float[Array, "*B T"]:
+    ) -> Float[Array, "*B T *2"]:
         steps = jnp.concatenate([_see(self.pixels, observations), actions], axis=-1)
-        rewards = MLP(self.hidden_dims, 1, self.dropout)(steps, deterministic=deterministic)[..., 0]
-        return jnp.tanh(rewards) if self.bounded else rewards
+        network = MLP(self.hidden_dims, 2 if self.uncertain else 1, self.dropout)
+        outputs = network(steps, deterministic=deterministic)
+        rewards = jnp.tanh(outputs[..., 0]) if self.bounded else outputs[..., 0]
+        return jnp.stack([rewards, outputs[..., 1]], axis=-1) if self.uncertain else rewards
 
 
 class PreferenceTransformer(nn.Module):
     """Rewards that depend on the past, weighted by how much each step matters in the whole segment.
 
-    Segments may be shorter than `max_length`, never longer.
+    Segments may be shorter than `max_length`, never longer. `uncertain` is as in `MLPReward`.
     """
 
     embed_dim: int
@@ -45,11 +52,12 @@ class PreferenceTransformer(nn.Module):
     dropout: float = 0.0
     bounded: bool = False
     pixels: Pixels | None = None
+    uncertain: bool = False
 
     @nn.compact
     def __call__(
         self, observations: Float[Array, "*B T *O"], actions: Float[Array, "*B T A"], *, deterministic: bool = True
-    ) -> Float[Array, "*B T"]:
+    ) -> Float[Array, "*B T *2"]:
         """T w_t r_t; the parts are kept as intermediates "rewards" (causal r_t) and "weights" (w_t, whose sum is 1)."""
         embeddings = self._trunk(_see(self.pixels, observations), actions, deterministic)
         rewards = nn.Dense(1, name="reward")(embeddings)[..., 0]
@@ -62,7 +70,10 @@ class PreferenceTransformer(nn.Module):
         weights = jnp.mean(jax.nn.softmax(logits, axis=-1), axis=-2)
         self.sow("intermediates", "rewards", rewards)
         self.sow("intermediates", "weights", weights)
-        return rewards.shape[-1] * weights * rewards
+        weighted = rewards.shape[-1] * weights * rewards
+        if not self.uncertain:
+            return weighted
+        return jnp.stack([weighted, nn.Dense(1, name="uncertainty")(embeddings)[..., 0]], axis=-1)
 
     def _trunk(
         self, observations: Float[Array, "*B T O"], actions: Float[Array, "*B T A"], deterministic: bool
@@ -94,7 +105,7 @@ def member_rewards(
     normalizer: Normalizer,
     segments: Segments,
     dropout_key: Key | None = None,
-) -> Float[Array, "E *B T"]:
+) -> Float[Array, "E *B T *2"]:
     """What each member of an ensemble, whose parameters have a leading axis of members, gives; see `apply` for the key.
 
     Raises:

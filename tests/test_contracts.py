@@ -27,6 +27,7 @@ from agents.iql import IQLAgent, IQLConfig
 from agents.oppo import HUMAN, OPPOAgent, OPPOConfig
 from agents.piql import PIQLAgent, PIQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
+from agents.robust_reward import RobustRewardAgent, RobustRewardConfig
 from agents.sac import SACAgent, SACConfig
 from envs.metaworld import CPL_VIEW
 from labelers.pearl import PearlConfig, PearlTeacher, transfer
@@ -131,6 +132,12 @@ RANKINGS_CONFIG = CPLConfig(hidden_dims=(16,), warmup_updates=4, pretrain_update
 IQL_CONFIG = IQLConfig(hidden_dims=(16,), dropout=0.1, learning_rate=1e-3, decay_updates=30)
 # Bounded, so that an offset of all rewards matters: without, its gradient is a rounding error, which Adam magnifies.
 REWARD_CONFIG = RewardModelConfig(hidden_dims=(16,), ensemble=2, dropout=0.1, bounded=True, learning_rate=1e-3)
+ROBUST_CONFIG = RobustRewardConfig(
+    hidden_dims=(16,), ensemble=2, dropout=0.1, bounded=True, learning_rate=1e-3, logit_noise=2.0, frozen_after=5
+)
+ROBUST_TRANSFORMER_CONFIG = RobustRewardConfig(
+    network="transformer", embed_dim=8, heads=2, max_length=LENGTH, ensemble=1, bounded=True, learning_rate=1e-3
+)
 GENERAL_CONFIG = GeneralPreferenceConfig(hidden_dims=(16,), planes=2, dropout=0.1, learning_rate=1e-3)
 PIQL_CONFIG = PIQLConfig(reward=REWARD_CONFIG, iql=IQL_CONFIG, reward_updates=3)
 SAC_CONFIG = SACConfig(hidden_dims=(16,), layer_norm=True, learning_rate=1e-3, target_update_every=2)
@@ -167,6 +174,8 @@ AGENTS = {
     "oppo_human": AgentCase(OPPOAgent, OPPO_HUMAN_CONFIG, partial(window_preferences, with_unlabelled=True)),
     "piql": AgentCase(PIQLAgent, PIQL_CONFIG, preferences),
     "reward_model": AgentCase(RewardModelAgent, REWARD_CONFIG, preferences),
+    "robust_reward": AgentCase(RobustRewardAgent, ROBUST_CONFIG, preferences),
+    "robust_reward_transformer": AgentCase(RobustRewardAgent, ROBUST_TRANSFORMER_CONFIG, preferences),
     "sac": AgentCase(SACAgent, SAC_CONFIG, transitions),
 }
 ACTING = [name for name, case in AGENTS.items() if hasattr(case.agent_class, "act")]
