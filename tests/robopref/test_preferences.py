@@ -19,8 +19,12 @@ from robopref.preferences import (
     full_regret,
     partial_return,
     plackett_luce_log_probability,
+    preference_as_episode_rewards,
+    preference_as_reward,
+    preference_strength,
     sample_preference,
     sample_ranking,
+    vote_on_labels,
 )
 
 LEFT, RIGHT = 0, 1
@@ -210,3 +214,71 @@ def test_sampled_rankings_follow_plackett_luce(scores, temperature):
         probability = float(jnp.exp(plackett_luce_log_probability(arranged, temperature)))
         share = np.mean((orders == order).all(axis=1))
         assert abs(share - probability) <= 5 * math.sqrt(probability * (1 - probability) / count)
+
+
+def test_preference_strength_is_towards_the_label():
+    logits = np.array([[2.0, -1.0, 3.0, 0.5], [4.0, -2.0, 1.0, 0.1]])
+    labels = np.array([1.0, 0.0, 0.2, 0.5])
+    mean, std = preference_strength(jnp.asarray(logits), jnp.asarray(labels))
+    towards = logits * np.array([1, -1, -1, 0])
+    np.testing.assert_allclose(mean, towards.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(std, towards.std(axis=0), rtol=1e-6)
+
+
+def test_the_vote_flips_what_it_doubts_most_and_softens_what_it_cannot_tell():
+    strengths = np.array([-5.0, -3.0, -1.0, 0.2, 2.0, 4.0, 5.0, 6.0, 7.0, 0.0])
+    labels = np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.3, 1.0, 0.0, 0.5])
+    logits = np.sign(labels - 0.5) * strengths + np.array([[-0.5], [0.5]]) * (labels != 0.5)
+    expected = labels.copy()
+    # Of ten pairs, two tenths are flipped: the third is doubted as well, and keeps its label.
+    expected[[0, 1]] = 1 - labels[[0, 1]]
+    expected[3] = (1 / (1 + np.exp(-logits[:, 3]))).mean()
+    voted = vote_on_labels(jnp.asarray(logits), jnp.asarray(labels), flip_share=0.2)
+    np.testing.assert_allclose(voted, expected, rtol=1e-6)
+    swapped = vote_on_labels(-jnp.asarray(logits), 1 - jnp.asarray(labels), flip_share=0.2)
+    np.testing.assert_allclose(swapped, 1 - expected, rtol=1e-6)
+
+
+def test_a_vote_that_doubts_nothing_changes_nothing():
+    labels = np.array([1.0, 0.0, 0.8, 0.5])
+    logits = 3 * np.sign(labels - 0.5) * np.array([[1.0], [1.5]])
+    voted = vote_on_labels(jnp.asarray(logits), jnp.asarray(labels), flip_share=1.0)
+    np.testing.assert_allclose(voted, labels, rtol=1e-6)
+
+
+def test_a_vote_rights_most_wrong_labels():
+    """Members are the truth and noise of their own; 20 % of labels are wrong."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 3, 1000)
+    right = (truth > 0).astype(float)
+    wrong = rng.permutation(1000) < 200
+    labels = np.where(wrong, 1 - right, right)
+    voted = np.asarray(vote_on_labels(jnp.asarray(truth + rng.normal(0, 1, (5, 1000))), jnp.asarray(labels)))
+    assert np.mean((voted > 0.5) != right) < 0.25 * 0.2
+    assert np.abs(voted - right).mean() < 0.6 * np.abs(labels - right).mean()
+
+
+def test_preference_as_reward_is_bounded_centred_and_steepest_at_the_reference():
+    references = jnp.array([0.0, 1.0, 2.0])
+    rewards = preference_as_reward(jnp.array([1.0, 3.0, -1e3, 1e3]), references)
+    at_3 = np.mean([1 / (1 + math.exp(-each)) for each in (3, 2, 1)])
+    np.testing.assert_allclose(rewards, [0.5, at_3, 0, 1], atol=1e-6)
+    assert abs(at_3 - 0.85481) < 1e-5
+    assert abs(at_3 - 1 / (1 + math.exp(-2))) > 0.02
+    grid = jnp.linspace(-4, 6, 101)
+    values = np.asarray(preference_as_reward(grid, references))
+    assert (np.diff(values) > 0).all()
+    assert abs(float(grid[np.argmax(np.diff(values))]) - 1) < 0.11
+    np.testing.assert_allclose(
+        preference_as_reward(grid, references, 0.5), preference_as_reward(0.5 * grid, 0.5 * references), rtol=1e-6
+    )
+
+
+def test_preference_as_reward_is_given_once_at_the_end_of_an_episode():
+    rewards = jnp.array([[1.0, 2.0, 3.0, 99.0], [0.5, 0.5, 0.5, 0.5]])
+    mask = jnp.array([[True, True, True, False], [True, True, True, True]])
+    references = jnp.array([[6.0], [1.0]])
+    shaped = preference_as_episode_rewards(rewards, mask, references)
+    np.testing.assert_allclose(shaped, [[0, 0, 0, 0], [0, 0, 0, 1 / (1 + math.exp(-1)) - 0.5]], atol=1e-6)
+    longer = preference_as_episode_rewards(jnp.zeros((2, 7)), jnp.ones((2, 7), bool), jnp.zeros(1))
+    np.testing.assert_array_equal(longer, 0)
