@@ -20,6 +20,10 @@ make the noise smaller or larger; and as only the sum of a pair's noise matters,
 (the local reparameterisation of Kingma et al. 2015, arXiv:1506.02557), which is the same distribution with less
 variance in the gradient of sigma.
 
+Sigma begins about where the floor is, and cannot rise to more than e times that: where noise is so large that every
+draw decides the label, there is no gradient that would bring it back, and hardly one to learn from. With a weight of 0
+it begins at a logit noise of 1, which is all but Bradley-Terry.
+
 Wrong labels are learned last, so that stopping early is robust too, and every comparison needs it as a control:
 `noise="none"` is Bradley-Terry, `frozen_after` stops it, and `stopping_update` chooses where from held-out pairs.
 Labels may also be corrected before learning, by the vote of an ensemble (`robopref.preferences.vote_on_labels`), and
@@ -226,10 +230,14 @@ class RobustRewardAgent(TrainState):
         self, params: PyTree, segments: Segments, dropout_key: Key | None = None
     ) -> tuple[Float[Array, "E *B T"], Float[Array, "E *B T"]]:
         """mu, and the logarithm of the logit noise that the uncertainty of each step stands for."""
+        config = self.config
         outputs = member_rewards(self.network, params, self.normalizer, segments, dropout_key)
-        if self.config.noise == "learned":
-            return outputs[..., 0], outputs[..., 1]
-        return outputs, jnp.full_like(outputs, math.log(self.config.logit_noise))
+        if config.noise != "learned":
+            return outputs, jnp.full_like(outputs, math.log(config.logit_noise))
+        # An output of 0 is the floor, or little noise where there is none; the logarithm ends 1 above the floor.
+        first = config.logit_noise if config.floor_weight > 0 else min(1.0, config.logit_noise)
+        below = jax.nn.softplus(math.log(math.e * config.logit_noise / first - 1) - outputs[..., 1])
+        return outputs[..., 0], math.log(config.logit_noise) + 1.0 - below
 
     def _logits(self, means: Float[Array, "*B 2 T"]) -> Float[Array, "*B"]:
         scores = self._reduce(means)

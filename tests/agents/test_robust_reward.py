@@ -72,8 +72,10 @@ def heads(agent: RobustRewardAgent, segments: Segments) -> tuple[np.ndarray, np.
         outputs = hidden @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
         means.append(outputs[..., 0])
         length = steps.shape[-2]
-        unit = np.sqrt(length / 2) if agent.config.reduction == "mean" else 1 / np.sqrt(2 * length)
-        stds.append(unit * np.exp(outputs[..., 1]))
+        floor = agent.config.logit_noise * (
+            np.sqrt(length / 2) if agent.config.reduction == "mean" else 1 / np.sqrt(2 * length)
+        )
+        stds.append(floor * np.exp(1 - np.log(1 + (np.e - 1) * np.exp(-outputs[..., 1]))))
     return np.stack(means), np.stack(stds)
 
 
@@ -190,6 +192,27 @@ def test_gradients_are_finite_however_certain_or_uncertain(network: str):
             params["uncertainty"] = {**params["uncertainty"], "bias": params["uncertainty"]["bias"] + shift}
         slopes = gradient(agent.replace(params=params), batch)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_sigma_begins_at_the_floor_and_never_rises_far_above_it(network: str):
+    batch = random_pairs()
+    agent = create(batch, network=network, reduction="mean")
+    floor = step_noise(agent.config.logit_noise, STEPS, "mean")
+    stds = {}
+    for shift in (0.0, 50.0):
+        params = jax.tree.map(jnp.zeros_like, agent.params)
+        if network == "mlp":
+            layers = params["MLP_0"]
+            params = {"MLP_0": {**layers, "Dense_1": {**layers["Dense_1"], "bias": jnp.full((MEMBERS, 2), shift)}}}
+        else:
+            params["uncertainty"] = {**params["uncertainty"], "bias": jnp.full((MEMBERS, 1), shift)}
+        stds[shift] = agent.replace(params=params).reward_stds(batch.segments)
+        alone = agent.replace(params=params, config=RobustRewardConfig(**SMALL, network=network, floor_weight=0.0))
+        if shift == 0:
+            np.testing.assert_allclose(alone.reward_stds(batch.segments), 1 / math.sqrt(2 * STEPS), rtol=1e-5)
+    np.testing.assert_allclose(stds[0.0], floor, rtol=1e-5)
+    np.testing.assert_allclose(stds[50.0], math.e * floor, rtol=1e-5)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
