@@ -63,7 +63,8 @@ class PreferenceTransformer(nn.Module):
         rewards = nn.Dense(1, name="reward")(embeddings)[..., 0]
         rewards = jnp.tanh(rewards) if self.bounded else rewards
         queries = nn.Dense(self.embed_dim, name="query")(embeddings)
-        keys = nn.Dense(self.embed_dim, name="key")(embeddings)
+        # Without a bias, which would add the same to all that a step compares, and so change nothing.
+        keys = nn.Dense(self.embed_dim, use_bias=False, name="key")(embeddings)
         # The authors' code divides by the square root of the values' dimension, which is 1. At a width of 256 that
         # makes each softmax all but a choice of one step from the start, so this divides by that of the keys.
         logits = queries @ jnp.swapaxes(keys, -1, -2) / jnp.sqrt(self.embed_dim)

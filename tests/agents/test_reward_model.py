@@ -117,7 +117,8 @@ def transformer_rewards(params: Any, observations: np.ndarray, actions: np.ndarr
     inner = dense(layer_norm(hidden, block["ColumnNorm_1"]), block["Dense_0"])
     inner = 0.5 * inner * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
     hidden = layer_norm(hidden + dense(inner, block["Dense_1"]), block["ColumnNorm_2"])[1::2]
-    rewards, query, key = (dense(hidden, params[name]) for name in ("reward", "query", "key"))
+    rewards, query = (dense(hidden, params[name]) for name in ("reward", "query"))
+    key = hidden @ params["key"]["kernel"]
     weights = np.mean([softmax(key @ one / np.sqrt(SMALL["embed_dim"])) for one in query], axis=0)
     return len(actions) * weights * rewards[:, 0]
 
