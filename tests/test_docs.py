@@ -63,8 +63,10 @@ def cells_of(table: str) -> list[list[str]]:
 
 
 def success_table(results: dict[str, Any]) -> list[list[str]]:
-    """A row for each method, a column for each task."""
-    rows = {(row["method"], row["task"]): row for row in results["rows"] if row["metric"] == "success rate"}
+    """A row for each method, a column for each task: success rates, or scores where there are none."""
+    metrics = {row["metric"] for row in results["rows"]}
+    metric, form = ("success rate", "{:.0%}") if "success rate" in metrics else ("score", "{:.0f}")
+    rows = {(row["method"], row["task"]): row for row in results["rows"] if row["metric"] == metric}
     methods, tasks = (list(dict.fromkeys(key[place] for key in rows)) for place in (0, 1))
     return [
         ["method", *tasks],
@@ -72,7 +74,7 @@ def success_table(results: dict[str, Any]) -> list[list[str]]:
             [
                 f"`{method}`",
                 *(
-                    f"{row['mean']:.0%} ({row['low']:.0%} to {row['high']:.0%})"
+                    f"{form.format(row['mean'])} ({form.format(row['low'])} to {form.format(row['high'])})"
                     for row in (rows[method, t] for t in tasks)
                 ),
             ]
