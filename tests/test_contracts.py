@@ -24,7 +24,7 @@ from agents.cpl import CPLAgent, CPLConfig
 from agents.decision_transformer import DecisionTransformerAgent, DecisionTransformerConfig
 from agents.general_preference import GeneralPreferenceAgent, GeneralPreferenceConfig
 from agents.iql import IQLAgent, IQLConfig
-from agents.oppo import HUMAN, OPPOAgent, OPPOConfig
+from agents.oppo import OPPOAgent, OPPOConfig
 from agents.piql import PIQLAgent, PIQLConfig
 from agents.reward_model import RewardModelAgent, RewardModelConfig
 from agents.robust_reward import RobustRewardAgent, RobustRewardConfig
@@ -83,10 +83,10 @@ def preferences(dataset: EpisodeDataset) -> PreferenceDataset:
     return PreferenceDataset.create(*labelled(dataset))
 
 
-def window_preferences(dataset: EpisodeDataset, *, with_unlabelled: bool) -> WindowPreferenceDataset:
+def window_preferences(dataset: EpisodeDataset) -> WindowPreferenceDataset:
     """Windows of more steps than the segments, so that those near the end of an episode are padded."""
     windows = WindowDataset.create(dataset, WINDOW)
-    return WindowPreferenceDataset.create(windows, *labelled(dataset), with_unlabelled=with_unlabelled)
+    return WindowPreferenceDataset.create(windows, *labelled(dataset))
 
 
 def rankings(dataset: EpisodeDataset) -> RankingDataset:
@@ -133,19 +133,21 @@ IQL_CONFIG = IQLConfig(hidden_dims=(16,), dropout=0.1, learning_rate=1e-3, decay
 # Bounded, so that an offset of all rewards matters: without, its gradient is a rounding error, which Adam magnifies.
 REWARD_CONFIG = RewardModelConfig(hidden_dims=(16,), ensemble=2, dropout=0.1, bounded=True, learning_rate=1e-3)
 ROBUST_CONFIG = RobustRewardConfig(
-    hidden_dims=(16,), ensemble=2, dropout=0.1, bounded=True, learning_rate=1e-3, logit_noise=2.0, frozen_after=5
-)
-ROBUST_TRANSFORMER_CONFIG = RobustRewardConfig(
-    network="transformer", embed_dim=8, heads=2, max_length=LENGTH, ensemble=1, bounded=True, learning_rate=1e-3
+    network="transformer",
+    embed_dim=8,
+    heads=2,
+    max_length=LENGTH,
+    ensemble=1,
+    bounded=True,
+    learning_rate=1e-3,
+    logit_noise=2.0,
+    frozen_after=5,
 )
 GENERAL_CONFIG = GeneralPreferenceConfig(hidden_dims=(16,), planes=2, dropout=0.1, learning_rate=1e-3)
 PIQL_CONFIG = PIQLConfig(reward=REWARD_CONFIG, iql=IQL_CONFIG, reward_updates=3)
 SAC_CONFIG = SACConfig(hidden_dims=(16,), layer_norm=True, learning_rate=1e-3, target_update_every=2)
 OPPO_CONFIG = OPPOConfig(
     length=WINDOW, latent_dim=3, width=8, layers=1, episode_steps=16, learning_rate=1e-3, warmup_updates=4
-)
-OPPO_HUMAN_CONFIG = dataclasses.replace(
-    HUMAN, length=WINDOW, latent_dim=3, width=8, layers=1, episode_steps=16, learning_rate=1e-3, warmup_updates=4
 )
 DECISION_CONFIG = DecisionTransformerConfig(
     length=LENGTH,
@@ -170,12 +172,10 @@ AGENTS = {
     "decision_transformer": AgentCase(DecisionTransformerAgent, DECISION_CONFIG, windows),
     "general_preference": AgentCase(GeneralPreferenceAgent, GENERAL_CONFIG, preferences),
     "iql": AgentCase(IQLAgent, IQL_CONFIG, transitions),
-    "oppo": AgentCase(OPPOAgent, OPPO_CONFIG, partial(window_preferences, with_unlabelled=False)),
-    "oppo_human": AgentCase(OPPOAgent, OPPO_HUMAN_CONFIG, partial(window_preferences, with_unlabelled=True)),
+    "oppo": AgentCase(OPPOAgent, OPPO_CONFIG, window_preferences),
     "piql": AgentCase(PIQLAgent, PIQL_CONFIG, preferences),
     "reward_model": AgentCase(RewardModelAgent, REWARD_CONFIG, preferences),
     "robust_reward": AgentCase(RobustRewardAgent, ROBUST_CONFIG, preferences),
-    "robust_reward_transformer": AgentCase(RobustRewardAgent, ROBUST_TRANSFORMER_CONFIG, preferences),
     "sac": AgentCase(SACAgent, SAC_CONFIG, transitions),
 }
 ACTING = [name for name, case in AGENTS.items() if hasattr(case.agent_class, "act")]

@@ -13,6 +13,7 @@ import pytest
 import envs
 from envs.env import LARGEST_SEED
 from envs.locomotion import (
+    ALIVE_REWARD,
     ATTRIBUTES,
     HEIGHT_WEIGHT,
     SPEED_WEIGHT,
@@ -227,7 +228,7 @@ def test_the_commanded_reward(task: str, names: str) -> None:
     for action in random_actions(env, 60):
         x = env._data.qpos[0]
         _, reward, _, _, info = env.step(action)
-        wanted = 1.0 if info["healthy"] else 0.0
+        wanted = 5.0 if info["healthy"] else 0.0
         wanted -= float(env._bare.control_cost(action * env._bare.action_space.high))
         if speed is not None:
             wanted -= abs((env._data.qpos[0] - x) / env._bare.dt - speed)
@@ -239,8 +240,13 @@ def test_the_commanded_reward(task: str, names: str) -> None:
     assert np.std(rewards) > 0.01
 
 
-def test_a_height_off_by_a_fifth_of_a_metre_matters_as_much_as_life_or_a_metre_per_second() -> None:
+def test_a_height_off_by_a_fifth_of_a_metre_matters_as_much_as_a_metre_per_second() -> None:
     assert pytest.approx(SPEED_WEIGHT * 1.0) == HEIGHT_WEIGHT * 0.2
+
+
+def test_a_robot_that_stands_is_better_off_alive() -> None:
+    """Whatever it is told within reason: 3 m/s where it has none, and its torso 0.3 m off."""
+    assert ALIVE_REWARD > SPEED_WEIGHT * 3.0 + HEIGHT_WEIGHT * 0.3
 
 
 def test_a_command_is_appended_scaled_to_its_range() -> None:
