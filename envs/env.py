@@ -50,6 +50,18 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     observation_space: gymnasium.spaces.Box[Any]
     action_space: gymnasium.spaces.Box[Any]
 
+    def draw_seed(self, seed: int | None) -> int:
+        """The seed of the episode that `reset` is to begin; without one, drawn from the environment's own stream.
+
+        Raises:
+            ValueError: the seed is negative or above `LARGEST_SEED`.
+        """
+        if seed is None:
+            return int(self.np_random.integers(LARGEST_SEED + 1))
+        check_seed(seed)
+        gymnasium.Env.reset(self, seed=int(seed))
+        return int(seed)
+
     @abc.abstractmethod
     def get_state(self) -> State:
         """All that the future depends on, [S]."""

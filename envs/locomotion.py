@@ -54,7 +54,7 @@ from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from jaxtyping import Float, Int, Shaped
 
 from envs import suggestion
-from envs.env import LARGEST_SEED, Action, Env, Observation, State, check_action, check_seed
+from envs.env import Action, Env, Observation, State, check_action
 from robopref.rendering import FlatRenderer
 
 COMMANDS = ("speed", "height")
@@ -291,10 +291,7 @@ class LocomotionEnv(Env):
         Raises:
             ValueError: the seed is negative or above `LARGEST_SEED`.
         """
-        if seed is not None:
-            check_seed(seed)
-            super().reset(seed=int(seed))
-        random = np.random.default_rng(int(self.np_random.integers(LARGEST_SEED + 1)) if seed is None else int(seed))
+        random = np.random.default_rng(self.draw_seed(seed))
         bare = self._bare
         bare.np_random = random
         mujoco.mj_resetData(self._model, self._data)

@@ -34,7 +34,7 @@ from metaworld.policies.policy import Policy as ScriptedPolicy
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from envs import suggestion
-from envs.env import LARGEST_SEED, Action, Env, Observation, State, check_action, check_seed
+from envs.env import Action, Env, Observation, State, check_action
 from robopref.rendering import FlatRenderer
 
 CPL_VIEW: Mapping[str, Any] = {
@@ -179,10 +179,7 @@ class MetaWorldEnv(Env):
         Raises:
             ValueError: the seed is negative or above `LARGEST_SEED`.
         """
-        if seed is not None:
-            check_seed(seed)
-            super().reset(seed=int(seed))
-        self._begin(int(self.np_random.integers(LARGEST_SEED + 1)) if seed is None else int(seed))
+        self._begin(self.draw_seed(seed))
         observation = self._observe()
         memory = getattr(self._bare, _MEMORY, None)
         _, info = self._bare.evaluate_state(observation.copy(), np.zeros(4, np.float32))

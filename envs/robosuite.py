@@ -42,7 +42,7 @@ import numpy.typing as npt
 from jaxtyping import Float
 
 from envs import suggestion
-from envs.env import LARGEST_SEED, Action, Env, Observation, State, check_action, check_seed
+from envs.env import Action, Env, Observation, State, check_action
 from robopref.rendering import VARIABLE, FlatRenderer
 
 ROBOSUITE_TYPE = 1
@@ -298,10 +298,7 @@ class RobosuiteEnv(Env):
         Raises:
             ValueError: the seed is negative or above `LARGEST_SEED`.
         """
-        if seed is not None:
-            check_seed(seed)
-            super().reset(seed=int(seed))
-        self._begin(int(self.np_random.integers(LARGEST_SEED + 1)) if seed is None else int(seed))
+        self._begin(self.draw_seed(seed))
         return self._observe(), self._info()
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:

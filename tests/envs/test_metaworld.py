@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from envs import make
-from envs.metaworld import CPL_VIEW, LARGEST_SEED, MetaWorldEnv, scripted_policy, tasks
+from envs.env import LARGEST_SEED
+from envs.metaworld import CPL_VIEW, MetaWorldEnv, scripted_policy, tasks
 from robopref.rendering import no_backend_message, use_rendering_backend
 
 TASKS = tasks()

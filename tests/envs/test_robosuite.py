@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 
 import envs
-from envs.robosuite import _PHYSICS, LARGEST_SEED, RobosuiteEnv, _drawing_from, from_env_args, tasks, to_env_args
+from envs.env import LARGEST_SEED
+from envs.robosuite import _PHYSICS, RobosuiteEnv, _drawing_from, from_env_args, tasks, to_env_args
 from robopref.rendering import no_backend_message, use_rendering_backend
 
 ROBOSUITE = importlib.util.find_spec("robosuite") is not None
