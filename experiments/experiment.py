@@ -48,7 +48,7 @@ from robopref.records import read_records
 from robopref.reports import Report, print_table, write_report
 from robopref.rollouts import RolloutWorkers, film_episode
 from robopref.training import checkpoints, fit, read_metrics
-from robopref.types import Policy, Preferences, Segments
+from robopref.types import Episode, Policy, Preferences, Segments
 from robopref.video import side_by_side, write_video
 
 Args = TypeVar("Args")
@@ -135,20 +135,25 @@ def collect(
             collected = workers.run(
                 policy, range(first_seed, first_seed + episodes), keep_states=True, progress=context.progress
             )
-        sample = make_env()
-        write_episodes(
-            path,
-            collected,
-            observation_space=sample.observation_space,
-            action_space=sample.action_space,
-            env=dict(env),
-            description=f"{episodes} episodes of behaviours of mixed quality",
-        )
+        store(path, collected, env, f"{episodes} episodes of behaviours of mixed quality")
     dataset = load_episodes(path)
     behaviours: dict[str, list[bool]] = {}
     for origin, success in zip(dataset.origins, dataset.successes, strict=True):
         behaviours.setdefault(str(origin["behaviour"]), []).append(bool(success))
     return {"hash": dataset.hash, "steps": dataset.total_steps, "behaviours": behaviours}
+
+
+def store(path: Path, episodes: Sequence[Episode], env: Mapping[str, Any], description: str) -> None:
+    """Writes the episodes of an environment of this configuration."""
+    with envs.make(env) as sample:
+        write_episodes(
+            path,
+            episodes,
+            observation_space=sample.observation_space,
+            action_space=sample.action_space,
+            env=dict(env),
+            description=description,
+        )
 
 
 def train(

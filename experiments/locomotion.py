@@ -45,11 +45,12 @@ from experiments.experiment import (
     result_row,
     run_experiment,
     run_main,
+    store,
 )
 from experiments.grid import Job, JobContext
 from robopref.agent import AgentPolicy
 from robopref.checkpoints import restore_checkpoint
-from robopref.episodes import EpisodeDataset, load_episodes, write_episodes
+from robopref.episodes import EpisodeDataset, load_episodes
 from robopref.evaluation import Interval, return_interval
 from robopref.online import OnlineConfig, OnlineState, fit_online
 from robopref.progress import ProgressCallback
@@ -387,15 +388,7 @@ def collect(
                 seeds = range(first_seed + len(gathered), first_seed + len(gathered) + share)
                 progress = functools.partial(_further, context.progress, len(gathered), episodes)
                 gathered += workers.run(policy, seeds, keep_states=True, progress=progress)
-        with envs.make(env) as sample:
-            write_episodes(
-                path,
-                gathered,
-                observation_space=sample.observation_space,
-                action_space=sample.action_space,
-                env=dict(env),
-                description=f"{task}, {kind}: {episodes} episodes of commanded policies",
-            )
+        store(path, gathered, env, f"{task}, {kind}: {episodes} episodes of commanded policies")
     dataset = load_episodes(path)
     skills = [str(origin["skill"]) for origin in dataset.origins]
     return {
