@@ -27,7 +27,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from robopref.agent import TrainState, first_windows
-from robopref.networks import Normalizer, Transformer, apply, explore, init
+from robopref.networks import Normalizer, Transformer, apply, explore, init, interleave
 from robopref.types import Key, Metrics, PyTree, Windows
 
 
@@ -97,11 +97,11 @@ class DecisionTransformer(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "*B T A"]:
-        *batch, time = mask.shape
+        time = mask.shape[-1]
         place = nn.Embed(self.episode_steps, self.width, name="step")(jnp.minimum(steps, self.episode_steps - 1))
         parts = {"return": returns_to_go[..., None], "observation": observations, "action": actions}
-        tokens = jnp.stack([nn.Dense(self.width, name=name)(part) + place for name, part in parts.items()], axis=-2)
-        tokens = nn.LayerNorm()(tokens.reshape(*batch, 3 * time, self.width))
+        tokens = interleave([nn.Dense(self.width, name=name)(part) + place for name, part in parts.items()])
+        tokens = nn.LayerNorm()(tokens)
         seen = jnp.tril(jnp.ones((3 * time, 3 * time), bool)) & jnp.repeat(mask, 3, axis=-1)[..., None, :]
         transformer = Transformer(self.layers, self.heads, self.dropout, activation=nn.relu)
         hidden = transformer(tokens, seen, read=slice(1, None, 3), deterministic=deterministic)

@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from robopref.agent import TrainState, first_windows
 from robopref.losses import distances, ranking_accuracy, triplet_loss
-from robopref.networks import Normalizer, Transformer, apply, explore, init
+from robopref.networks import Normalizer, Transformer, apply, explore, init, interleave
 from robopref.types import Key, Metrics, PyTree, WindowPreferences, Windows
 
 NORM_RATE = 0.01
@@ -431,7 +431,7 @@ class _Encoder(nn.Module):
         transformer = Transformer(
             config.layers, config.encoder_heads, config.dropout, post_norm=True, activation=nn.relu
         )
-        hidden = transformer(_interleave(tokens), seen, deterministic=deterministic)
+        hidden = transformer(interleave(tokens), seen, deterministic=deterministic)
         pooled = jnp.sum(jnp.where(valid[..., None], hidden, 0.0), axis=-2)
         # Each of up to 2 K tokens has norm sqrt(width): with these weights, the latent's norm is at most about 1.
         scale = 1.0 / (4 * config.length**2 * config.latent_dim)
@@ -472,7 +472,7 @@ class _Policy(nn.Module):
         valid = jnp.repeat(mask, 3, axis=-1)
         causal = jnp.tril(jnp.ones((valid.shape[-1],) * 2, bool))
         transformer = Transformer(config.layers, config.policy_heads, config.dropout, activation=nn.relu)
-        normalized = nn.LayerNorm()(_interleave(tokens))
+        normalized = nn.LayerNorm()(interleave(tokens))
         # Nobody reads the tokens of z, nor those of actions unless they make observations.
         read = slice(None) if config.reconstruct_states else slice(1, None, 3)
         hidden = transformer(normalized, causal & valid[..., None, :], read=read, deterministic=deterministic)
@@ -482,12 +482,6 @@ class _Policy(nn.Module):
         predicted = jnp.tanh(nn.Dense(self.action_dim)(hidden[..., 1, :]))
         made = nn.Dense(observations.shape[-1])(hidden[..., 2, :])
         return jnp.concatenate([predicted, made], axis=-1)
-
-
-def _interleave(tokens: list[Float[Array, "*B T E"]]) -> Float[Array, "*B N E"]:
-    """The tokens of the first step, in the order of the list, then those of the second, and so on."""
-    stacked = jnp.stack(tokens, axis=-2)
-    return stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1])
 
 
 def _encoder(config: OPPOConfig) -> _Encoder:

@@ -305,6 +305,12 @@ def _some(columns: Float[Array, "E BN"], length: int, which: slice) -> Float[Arr
     return columns.reshape(width, -1, length)[:, :, which].reshape(width, -1)
 
 
+def interleave(tokens: Sequence[Float[Array, "*B T E"]]) -> Float[Array, "*B N E"]:
+    """The tokens of the first step, in the order of the list, then those of the second, and so on."""
+    stacked = jnp.stack(tokens, axis=-2)
+    return stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1])
+
+
 def observation_shape(observations: Array, pixels: Pixels | None) -> tuple[int, ...]:
     """The shape of one observation of a batch: of vectors, or of images where `pixels` are given."""
     return observations.shape[-1:] if pixels is None else observations.shape[-3:]

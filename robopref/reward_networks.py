@@ -12,7 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from robopref.networks import MLP, Convolutions, Normalizer, Pixels, Transformer, Trunk, apply, init, observation_shape
+from robopref.networks import (
+    MLP,
+    Convolutions,
+    Normalizer,
+    Pixels,
+    Transformer,
+    Trunk,
+    apply,
+    init,
+    interleave,
+    observation_shape,
+)
 from robopref.types import Key, PyTree, Segments
 
 
@@ -80,11 +91,11 @@ class PreferenceTransformer(nn.Module):
         self, observations: Float[Array, "*B T O"], actions: Float[Array, "*B T A"], deterministic: bool
     ) -> Float[Array, "*B T E"]:
         """The output of the causal transformer at each action, which has seen s_0, a_0, …, s_t, a_t."""
-        batch, time = actions.shape[:-2], actions.shape[-2]
+        time = actions.shape[-2]
         positions = nn.Embed(self.max_length, self.embed_dim, name="position")(jnp.arange(time))
         states = nn.Dense(self.embed_dim, name="state")(observations) + positions
         choices = nn.Dense(self.embed_dim, name="action")(actions) + positions
-        hidden = jnp.stack([states, choices], axis=-2).reshape(*batch, 2 * time, self.embed_dim)
+        hidden = interleave([states, choices])
         mask = jnp.tril(jnp.ones((2 * time, 2 * time), bool))
         transformer = Transformer(self.layers, self.heads, self.dropout)
         hidden = transformer(nn.LayerNorm()(hidden), mask, deterministic=deterministic)
